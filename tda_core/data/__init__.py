@@ -1,0 +1,130 @@
+"""Data sets by name, with fixed splits: `load_dataset("digits", n_train=300)`.
+
+Three parts: `train`, `validation` queries (hyper-parameters are chosen on these alone) and `test`
+queries (reported). A part is a fixed order of fixed examples, and a smaller size takes its first
+examples, so small runs are nested in bigger ones and no example ever changes part.
+
+| name       | task                       | train | validation | test | split by |
+|------------|----------------------------|-------|------------|------|----------|
+| digits     | 10 classes, 8 x 8 pixels   |  1000 |        297 |  500 | image    |
+| mnist      | 10 classes, 28 x 28 pixels |  5000 |        500 |  500 | image    |
+| parkinsons | regression, 19 features    |  4167 |        863 |  845 | subject  |
+
+This module imports neither torch nor scikit-learn, so that `is_available` costs nothing.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from tda_core.data.files import DataFile, DataUnavailable, find
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tda_core.examples import Examples
+
+__all__ = ["DATASETS", "DataUnavailable", "Dataset", "is_available", "load_dataset", "where_to_put"]
+
+PARTS = ("train", "validation", "test")
+_OSSCI = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+# A pinned copy of UCI's data set 189. UCI's own file has commas and more digits of Jitter(Abs): another checksum.
+_UCI_COPY = (
+    "https://raw.githubusercontent.com/shikashyam/ParkinsonsTelemonitoring/deb237cac5ac21f2254f96077e53ec90f401a4c5/"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Three parts of one data set; classes are 0..n_classes-1, and n_classes is None for a regression."""
+
+    name: str
+    train: "Examples"
+    validation: "Examples"
+    test: "Examples"
+    n_classes: int | None
+    image_shape: tuple[int, int] | None = None  # inputs are flattened images of this shape
+    feature_names: tuple[str, ...] | None = None
+    groups: "dict[str, Tensor] | None" = None  # part -> (n,) int64, who each row was measured on
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a data set comes from: the files it needs, and the function that reads them."""
+
+    load: "Callable[..., Dataset]"
+    files: tuple[DataFile, ...] = ()
+
+
+def _digits() -> Dataset:
+    from tda_core.data.vision import load_digits
+
+    return load_digits()
+
+
+def _mnist(images: DataFile, labels: DataFile) -> Dataset:
+    from tda_core.data.vision import load_mnist
+
+    return load_mnist(images, labels)
+
+
+def _parkinsons(table: DataFile) -> Dataset:
+    from tda_core.data.tabular import load_parkinsons
+
+    return load_parkinsons(table)
+
+
+_IMAGES = "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6"
+_LABELS = "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6"
+_TABLE = "52229b3075c2109a2c144f5584d88cc5ea99022a9a9eaa6d978b2e8e7c6bc501"
+
+DATASETS: dict[str, Source] = {
+    "digits": Source(_digits),
+    "mnist": Source(
+        _mnist,
+        (
+            DataFile("mnist", "t10k-images-idx3-ubyte.gz", _IMAGES, _OSSCI),
+            DataFile("mnist", "t10k-labels-idx1-ubyte.gz", _LABELS, _OSSCI),
+        ),
+    ),
+    "parkinsons": Source(_parkinsons, (DataFile("parkinsons", "parkinsons_updrs.data", _TABLE, _UCI_COPY),)),
+}
+
+
+def load_dataset(
+    name: str, *, n_train: int | None = None, n_validation: int | None = None, n_test: int | None = None
+) -> Dataset:
+    """The data set `name` with the first `n_<part>` examples of each part (None: all of the part).
+
+    Files are looked for in `TDA_DATA_DIR`, then in `data/`, then downloaded there. Raises ValueError
+    for an unknown name, a size below 1 or above what there is, and a file with a wrong checksum;
+    DataUnavailable, which says where to put which file, where a file is missing and cannot be had.
+    """
+    source = _source(name)
+    dataset = source.load(*source.files)
+    cut = {}
+    for part, size in zip(PARTS, (n_train, n_validation, n_test), strict=True):
+        available = len(getattr(dataset, part))
+        if size is None:
+            size = available
+        if not 1 <= size <= available:
+            raise ValueError(f"n_{part} must lie in 1..{available}, what {name} has for {part}, got {size}")
+        cut[part] = size
+    groups = dataset.groups and {part: rows[: cut[part]] for part, rows in dataset.groups.items()}
+    return replace(dataset, groups=groups, **{part: getattr(dataset, part)[:size] for part, size in cut.items()})
+
+
+def is_available(name: str) -> bool:
+    """Whether `name` can be loaded without a download (files are looked for, not read)."""
+    return all(find(file) for file in _source(name).files)
+
+
+def where_to_put(name: str) -> str:
+    """One line a file: where it belongs, its checksum and its source ('' for embedded data)."""
+    return "\n".join(file.where_to_put() for file in _source(name).files)
+
+
+def _source(name: str) -> Source:
+    if name not in DATASETS:
+        raise ValueError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}")
+    return DATASETS[name]

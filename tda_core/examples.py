@@ -1,0 +1,62 @@
+"""Labelled examples: the one form in which training sets and queries travel."""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Inputs and targets of equal length, checked once, here.
+
+    inputs: (n, ...) float tensor, finite. targets: (n,) int64 class labels, or (n,) float targets.
+    Raises ValueError for an empty set, unequal lengths, and NaN or infinite values.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+
+    def __post_init__(self) -> None:
+        for name in ("inputs", "targets"):
+            value = getattr(self, name)
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        if self.inputs.ndim < 2:
+            raise ValueError(f"inputs must be (n, ...) with at least 2 dimensions, got {tuple(self.inputs.shape)}")
+        if self.targets.ndim != 1:
+            raise ValueError(f"targets must be (n,), got {tuple(self.targets.shape)}")
+        if len(self.inputs) != len(self.targets):
+            raise ValueError(f"{len(self.inputs)} inputs but {len(self.targets)} targets")
+        if len(self.inputs) == 0:
+            raise ValueError("an example set must not be empty, got 0 examples")
+        for name in ("inputs", "targets"):
+            value = getattr(self, name)
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                bad = int((~torch.isfinite(value.flatten(1) if value.ndim > 1 else value[:, None])).any(1).nonzero()[0])
+                raise ValueError(f"{name} must be finite, but example {bad} holds NaN or infinity")
+        if not self.targets.is_floating_point() and int(self.targets.min()) < 0:
+            raise ValueError(f"class labels must be >= 0, got {int(self.targets.min())}")
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index) -> "Examples":
+        """A subset: slice, index tensor or boolean mask (never a single int, which would drop a dimension)."""
+        if isinstance(index, int):
+            index = slice(index, index + 1 or None)
+        return Examples(self.inputs[index], self.targets[index])
+
+    @property
+    def is_classification(self) -> bool:
+        return not self.targets.is_floating_point()
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of contents, shapes and types: what cached results are keyed by."""
+        digest = hashlib.sha256()
+        for value in (self.inputs, self.targets):
+            digest.update(f"{tuple(value.shape)} {value.dtype}".encode())
+            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()

@@ -1,0 +1,62 @@
+"""Small networks, per-example losses, and the margin: the pieces that recipes and problems are made of."""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
+
+
+def mlp(layers: tuple[int, ...], activation: str = "relu") -> nn.Sequential:
+    """A multi-layer perceptron: `mlp((64, 32, 10))` has one hidden layer; `mlp((64, 10))` is linear.
+
+    Raises ValueError for fewer than two widths, a width below 1, or an unknown activation.
+    """
+    check_layers(layers, activation)
+    modules: list[nn.Module] = []
+    for width_in, width_out in pairwise(layers):
+        modules += [nn.Linear(width_in, width_out), ACTIVATIONS[activation]()]
+    return nn.Sequential(*modules[:-1])
+
+
+def check_layers(layers: tuple[int, ...], activation: str) -> None:
+    if len(layers) < 2 or any(not isinstance(width, int) or width < 1 for width in layers):
+        raise ValueError(f"layers must be at least two widths of 1 or more, got {layers!r}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}, expected one of {sorted(ACTIVATIONS)}")
+
+
+def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy in nats of each example: outputs (n, C) logits, targets (n,) labels -> (n,)."""
+    return F.cross_entropy(outputs, targets, reduction="none")
+
+
+def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Half the squared error of each example: outputs (n, 1), targets (n,) -> (n,).
+
+    The half makes the loss' second derivative in the output 1, so the GGN is J'J.
+    """
+    return 0.5 * (outputs[:, 0] - targets) ** 2
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cross_entropy": cross_entropy,
+    "squared_error": squared_error,
+}
+
+
+def margin(outputs: Tensor, targets: Tensor) -> Tensor:
+    """log(p_y / (1 - p_y)) of each example: outputs (n, C) logits, targets (n,) -> (n,), in nats.
+
+    Equal to -log(exp(loss) - 1), which overflows for uncertain points and loses all digits for
+    confident ones; the log-sum-exp over the other classes does neither (TRAK, arXiv 2303.14186, eq. 6).
+    """
+    if outputs.shape[1] < 2:
+        raise ValueError(f"a margin needs at least 2 classes, got outputs of width {outputs.shape[1]}")
+    correct = outputs.gather(1, targets[:, None])[:, 0]
+    is_correct = torch.arange(outputs.shape[1]) == targets[:, None]  # not one_hot, which vmap cannot enter
+    others = outputs.masked_fill(is_correct, -torch.inf)
+    return correct - others.logsumexp(1)

@@ -1,0 +1,290 @@
+"""A trained model, a per-example loss and its training set, as pure functions of the parameters.
+
+Every attribution method takes a `Problem` and nothing else. Parameters travel as one flat vector
+theta in R^p; a stack of parameter-space directions is a (k, p) matrix.
+"""
+
+import copy
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jvp, vjp, vmap
+
+from tda_core.examples import Examples
+from tda_core.models import LOSSES, margin
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+CURVATURES = ("ggn", "hessian")
+TARGETS = ("loss", "margin", "output")
+# Floats of activations that one vectorised product holds at a time: about what fits the cache (16 MB).
+CHUNK_FLOATS = 2**22
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A model at its trained parameters, with the loss and the examples that it was trained on.
+
+    module: evaluated through `torch.func.functional_call`, never changed. theta: (p,) parameters.
+    loss: (outputs (n, C), targets (n,)) -> (n,). train: the training set. weight_decay: the lambda of
+    a lambda/2 ||theta||^2 term in the training objective, so that curvature includes it.
+    Raises ValueError where theta has the wrong length or is not finite, or labels are out of range.
+    """
+
+    module: nn.Module
+    theta: Tensor
+    loss: Loss
+    train: Examples
+    weight_decay: float = 0.0
+    names: tuple[str, ...] = field(init=False)
+    shapes: tuple[torch.Size, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        named = dict(self.module.named_parameters())
+        object.__setattr__(self, "names", tuple(named))
+        object.__setattr__(self, "shapes", tuple(value.shape for value in named.values()))
+        expected = sum(shape.numel() for shape in self.shapes)
+        if self.theta.shape != (expected,):
+            raise ValueError(f"theta must be ({expected},) for this module, got {tuple(self.theta.shape)}")
+        if not torch.isfinite(self.theta).all():
+            raise ValueError("theta must be finite: it holds NaN or infinity (did training diverge?)")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay must be >= 0, got {self.weight_decay}")
+        self.check(self.train)
+
+    @classmethod
+    def from_module(
+        cls, module: nn.Module, loss: str | Loss, train: Examples, *, weight_decay: float = 0.0
+    ) -> "Problem":
+        """Any trained `nn.Module` as a Problem; it is copied and put in evaluation mode.
+
+        loss: "cross_entropy", "squared_error", or a function (outputs, targets) -> (n,).
+        """
+        if isinstance(loss, str):
+            if loss not in LOSSES:
+                raise ValueError(f"unknown loss {loss!r}, expected one of {sorted(LOSSES)} or a function")
+            loss = LOSSES[loss]
+        module = copy.deepcopy(module).eval()
+        theta = torch.cat([value.detach().flatten() for value in module.parameters()])
+        return cls(module, theta, loss, train, weight_decay)
+
+    def at(self, theta: Tensor) -> "Problem":
+        """The same problem at other parameters (another checkpoint or seed)."""
+        return replace(self, theta=theta)
+
+    @property
+    def n_parameters(self) -> int:
+        return len(self.theta)
+
+    @cached_property
+    def offsets(self) -> dict[str, slice]:
+        """Where each named parameter lies in theta."""
+        slices, start = {}, 0
+        for name, shape in zip(self.names, self.shapes, strict=True):
+            slices[name] = slice(start, start + shape.numel())
+            start += shape.numel()
+        return slices
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """Hashes of parameters and training data: what a saved method is checked against."""
+        theta = self.theta.detach().cpu().contiguous().numpy().tobytes()
+        return {"theta": hashlib.sha256(theta).hexdigest()[:16], "data": self.train.hash[:16]}
+
+    def check_identity(self, path: object, saved: dict[str, str]) -> None:
+        """Raise ValueError where a file was made for another model or other data, naming both hashes."""
+        for name, found in self.identity.items():
+            if saved.get(name) != found:
+                raise ValueError(f"{path} was made for {name} {saved.get(name)}, but this problem has {name} {found}")
+
+    def unravel(self, theta: Tensor) -> dict[str, Tensor]:
+        return {name: theta[self.offsets[name]].view(s) for name, s in zip(self.names, self.shapes, strict=True)}
+
+    # -- evaluation ---------------------------------------------------------------------------------
+
+    def outputs(self, inputs: Tensor, theta: Tensor | None = None) -> Tensor:
+        """Model outputs (logits for a classifier): (n, ...) -> (n, C)."""
+        return functional_call(self.module, self.unravel(self.theta if theta is None else theta), (inputs,))
+
+    def losses(self, examples: Examples, theta: Tensor | None = None) -> Tensor:
+        """Per-example losses (n,)."""
+        self.check(examples)
+        with torch.no_grad():
+            return self.loss(self.outputs(examples.inputs, theta), examples.targets)
+
+    def margins(self, examples: Examples, theta: Tensor | None = None) -> Tensor:
+        """Per-example margins log(p_y / (1 - p_y)) (n,), for classifiers."""
+        self.check(examples)
+        with torch.no_grad():
+            return margin(self.outputs(examples.inputs, theta), examples.targets)
+
+    def value(self, theta: Tensor, inputs: Tensor, targets: Tensor, target: str = "loss") -> Tensor:
+        """The differentiable per-example scalar that methods attribute, (n,).
+
+        target: "loss"; "margin" (classifiers); or "output", the first output (regression).
+        """
+        if target not in TARGETS:
+            raise ValueError(f"unknown target {target!r}, expected one of {TARGETS}")
+        outputs = self.outputs(inputs, theta)
+        if target == "output":
+            return outputs[:, 0]
+        return self.loss(outputs, targets) if target == "loss" else margin(outputs, targets)
+
+    def features(self, inputs: Tensor, layer: str | None = None) -> Tensor:
+        """What flows into the named submodule (default: the last linear layer): (n, f), flattened."""
+        layer = self.last_layer if layer is None else layer
+        modules = dict(self.module.named_modules())
+        if layer not in modules:
+            raise ValueError(f"unknown layer {layer!r}, expected one of {sorted(name for name in modules if name)}")
+        seen: list[Tensor] = []
+        hook = modules[layer].register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(1)))
+        try:
+            with torch.no_grad():
+                self.outputs(inputs)
+        finally:
+            hook.remove()
+        if not seen:
+            raise ValueError(f"layer {layer!r} did not run in the forward pass")
+        return seen[0]
+
+    @cached_property
+    def last_layer(self) -> str:
+        """Name of the last linear layer."""
+        linear = [name for name, module in self.module.named_modules() if isinstance(module, nn.Linear)]
+        if not linear:
+            raise ValueError("this module has no nn.Linear layer: name a layer")
+        return linear[-1]
+
+    def head(self) -> "Problem":
+        """The last linear layer as a problem of its own, on the features that flow into it.
+
+        Raises ValueError where that layer's outputs are not the model's outputs.
+        """
+        layer = dict(self.module.named_modules())[self.last_layer]
+        names = [f"{self.last_layer}.{name}".lstrip(".") for name, _ in layer.named_parameters()]
+        theta = torch.cat([self.theta[self.offsets[name]] for name in names])
+        head = Problem(layer, theta, self.loss, self.featurise(self.train), self.weight_decay)
+        with torch.no_grad():
+            found, expected = head.outputs(head.train.inputs[:8]), self.outputs(self.train.inputs[:8])
+            if found.shape != expected.shape or not torch.allclose(found, expected, atol=1e-4):
+                raise ValueError(f"the last linear layer {self.last_layer!r} does not give the model's outputs")
+        return head
+
+    def featurise(self, examples: Examples) -> Examples:
+        """The same examples with the last layer's features as inputs: what `head()` takes."""
+        self.check(examples)
+        return Examples(self.features(examples.inputs), examples.targets)
+
+    # -- derivatives --------------------------------------------------------------------------------
+
+    def gradients(self, examples: Examples, target: str = "loss", *, chunk_size: int = 256) -> Tensor:
+        """Gradient of each example's loss (or margin) in theta: (n, p)."""
+        self.check(examples)
+
+        def one(x: Tensor, y: Tensor) -> Tensor:
+            return grad(lambda theta: self.value(theta, x[None], y[None], target)[0])(self.theta)
+
+        return vmap(one, chunk_size=chunk_size)(examples.inputs, examples.targets).detach()
+
+    def derivatives_along(self, examples: Examples, directions: Tensor, target: str = "loss") -> Tensor:
+        """Forward-mode derivative of each example's loss along each direction: (k, p) -> (n, k).
+
+        One linearisation serves all directions; no backward pass.
+        """
+        self.check(examples)
+        directions = self._check_directions(directions)
+
+        def value(theta: Tensor) -> Tensor:
+            return self.value(theta, examples.inputs, examples.targets, target)
+
+        along = vmap(lambda v: jvp(value, (self.theta,), (v,))[1], chunk_size=self._chunk(len(examples)))
+        with torch.no_grad():
+            return along(directions).T
+
+    def mean_gradient(self, theta: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+        """Gradient of the training objective (mean loss plus weight decay) at theta: (p,)."""
+        theta = self.theta if theta is None else theta
+        batch = self.train if rows is None else self.train[rows]
+        mean = grad(lambda t: self.loss(self.outputs(batch.inputs, t), batch.targets).mean())(theta)
+        return mean.detach() + self.weight_decay * theta
+
+    def curvature_product(self, vectors: Tensor, kind: str = "ggn", rows: Tensor | None = None) -> Tensor:
+        """(H + weight_decay I) v for every row v: (k, p) -> (k, p); H is a mean over training examples.
+
+        kind: "ggn" (generalised Gauss-Newton, positive semi-definite) or "hessian". rows: indices of a
+        mini-batch of training examples to average over instead of all.
+        """
+        if kind not in CURVATURES:
+            raise ValueError(f"unknown curvature {kind!r}, expected one of {CURVATURES}")
+        vectors = self._check_directions(vectors)
+        batch = self.train if rows is None else self.train[rows]
+        product = self._ggn_product(batch) if kind == "ggn" else self._hessian_product(batch)
+        with torch.no_grad():
+            mapped = vmap(product, chunk_size=self._chunk(len(batch)))(vectors)
+        return mapped + self.weight_decay * vectors
+
+    def _ggn_product(self, batch: Examples) -> Callable[[Tensor], Tensor]:
+        def outputs_at(theta: Tensor) -> Tensor:
+            return self.outputs(batch.inputs, theta)
+
+        outputs, pull_back = vjp(outputs_at, self.theta)
+        output_gradient = grad(lambda out: self.loss(out, batch.targets).mean())
+
+        def product(v: Tensor) -> Tensor:
+            # J' H_out J v: the loss' Hessian in the outputs between two Jacobian products
+            pushed = jvp(outputs_at, (self.theta,), (v,))[1]
+            return pull_back(jvp(output_gradient, (outputs,), (pushed,))[1])[0]
+
+        return product
+
+    def _hessian_product(self, batch: Examples) -> Callable[[Tensor], Tensor]:
+        objective_gradient = grad(lambda theta: self.loss(self.outputs(batch.inputs, theta), batch.targets).mean())
+        return lambda v: jvp(objective_gradient, (self.theta,), (v,))[1]
+
+    def curvature(self, kind: str = "ggn") -> Tensor:
+        """The dense matrix H + weight_decay I (p, p), built column by column; for small p only."""
+        matrix = self.curvature_product(torch.eye(self.n_parameters, dtype=self.theta.dtype), kind)
+        return (matrix + matrix.T) / 2
+
+    def largest_curvature(self, kind: str = "ggn", *, steps: int = 40, seed: int = 0) -> float:
+        """lambda_max of H + weight_decay I by power iteration (a slight underestimate)."""
+        generator = torch.Generator().manual_seed(seed)
+        v = torch.randn(1, self.n_parameters, generator=generator, dtype=self.theta.dtype)
+        size = torch.tensor(0.0)
+        for _ in range(steps):
+            v = self.curvature_product(v / v.norm(), kind)
+            size = v.norm()
+        return float(size)
+
+    # -- checks -------------------------------------------------------------------------------------
+
+    def check(self, examples: Examples) -> None:
+        """Raise ValueError where the examples do not fit the model: width, task or label range."""
+        if not isinstance(examples, Examples):
+            raise TypeError(f"expected Examples(inputs, targets), got {type(examples).__name__}")
+        if examples.inputs.shape[1:] != self.train.inputs.shape[1:]:
+            expected, got = tuple(self.train.inputs.shape[1:]), tuple(examples.inputs.shape[1:])
+            raise ValueError(f"inputs must have shape (n, {', '.join(map(str, expected))}), got (n, {got})")
+        if examples.is_classification != self.train.is_classification:
+            raise ValueError(f"targets must be {self.train.targets.dtype} as in training, got {examples.targets.dtype}")
+        if examples.is_classification and int(examples.targets.max()) >= self.n_outputs:
+            raise ValueError(f"label {int(examples.targets.max())} is out of range for {self.n_outputs} outputs")
+
+    @cached_property
+    def n_outputs(self) -> int:
+        with torch.no_grad():
+            return self.outputs(self.train.inputs[:1]).shape[-1]
+
+    def _check_directions(self, directions: Tensor) -> Tensor:
+        if directions.ndim != 2 or directions.shape[1] != self.n_parameters or len(directions) == 0:
+            raise ValueError(f"directions must be (k, {self.n_parameters}), k >= 1, got {tuple(directions.shape)}")
+        if not torch.isfinite(directions).all():
+            raise ValueError("directions must be finite: they hold NaN or infinity")
+        return directions.to(self.theta.dtype)
+
+    def _chunk(self, n_examples: int) -> int:
+        width = sum(shape[0] for shape in self.shapes if len(shape) > 1)
+        return max(1, CHUNK_FLOATS // (n_examples * max(width, 1)))
