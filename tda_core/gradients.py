@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from tda_core.examples import Examples
 from tda_core.problem import Problem
+from tda_core.solvers import conjugate_gradients, solve_dense
 from tda_core.store import load_tensors, save_tensors
 
 # Above this many parameters the curvature is not built as a matrix (4 p^2 bytes) but applied.
@@ -128,50 +129,17 @@ def last_layer(problem: Problem | Sequence[Problem], damping: float = 1e-2) -> A
     return exact_influence(problem, damping, last_layer=True)
 
 
-def solve_dense(curvature: Tensor, vectors: Tensor, damping: float) -> Tensor:
-    """Rows x_i with (curvature + damping I) x_i = vectors_i: (p, p), (k, p) -> (k, p)."""
-    damped = curvature + damping * torch.eye(len(curvature), dtype=curvature.dtype)
-    factor, info = torch.linalg.cholesky_ex(damped)
-    if int(info):
-        smallest = float(torch.linalg.eigvalsh(damped.double())[0])
-        raise ValueError(
-            f"curvature + damping {damping} is not positive definite (smallest eigenvalue {smallest:.3g}): "
-            f"use a damping above {damping - smallest:.3g}"
-        )
-    return torch.cholesky_solve(vectors.T, factor).T
+def solve_curvature(problem: Problem, goals: Tensor, damping: float, curvature: str, tolerance: float = 1e-3) -> Tensor:
+    """Rows x_i with (H + damping I) x_i = goals_i by conjugate gradients on products with H: (k, p).
 
-
-def solve_curvature(
-    problem: Problem, vectors: Tensor, damping: float, curvature: str = "ggn", *, tolerance: float = 1e-3
-) -> Tensor:
-    """Rows x_i with (H + damping I) x_i = vectors_i by conjugate gradients, all rows together: (k, p).
-
-    Stops when every residual is below tolerance * ||vectors_i||. Raises ValueError on negative curvature
-    and RuntimeError where 1000 steps do not suffice, naming the residual reached.
+    Stops when every residual is below tolerance * ||goals_i||. Raises ValueError on negative curvature and
+    RuntimeError where 1000 steps do not suffice, naming the residual reached.
     """
-    x = torch.zeros_like(vectors)
-    residual = vectors.clone()
-    direction = vectors.clone()
-    squared = (residual**2).sum(1)
-    goal = tolerance**2 * squared
-    active = torch.arange(len(vectors))[squared > 0]
-    for _ in tqdm(range(1000), desc=f"CG, damping {damping:g}", leave=False):
-        if len(active) == 0:
+    steps = conjugate_gradients(lambda v: problem.curvature_product(v, curvature) + damping * v, goals)
+    for _, (x, residuals) in zip(tqdm(range(1000), desc=f"CG, damping {damping:g}", leave=False), steps, strict=False):
+        if float(residuals.max()) <= tolerance:
             return x
-        d = direction[active]
-        curved = problem.curvature_product(d, curvature) + damping * d
-        bent = (d * curved).sum(1)
-        if bool((bent <= 0).any()):
-            raise ValueError(f"negative curvature met with damping {damping}: use a larger damping or curvature='ggn'")
-        step = squared[active] / bent
-        x[active] += step[:, None] * d
-        residual[active] -= step[:, None] * curved
-        new = (residual[active] ** 2).sum(1)
-        direction[active] = residual[active] + (new / squared[active])[:, None] * d
-        squared[active] = new
-        active = active[new > goal[active]]
-    worst = float((squared / (goal / tolerance**2)).sqrt().max())
-    raise RuntimeError(f"conjugate gradients reached relative residual {worst:.2g}, not {tolerance}, in 1000 steps")
+    raise RuntimeError(f"relative residual {float(residuals.max()):.2g} after 1000 steps, not {tolerance}")
 
 
 # -- gradient products and TRAK ---------------------------------------------------------------------

@@ -30,20 +30,39 @@ def load_part(path: str | Path) -> dict[str, dict[str, Any]]:
     return document
 
 
-def merge(parts: Mapping[str, Path], seconds: Mapping[str, float]) -> dict[str, Any]:
-    """The metrics document of a paper, from its notebooks' parts and run times (both by notebook).
+def merge(parts: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    """All metrics of a paper, from its notebooks' parts (by notebook).
 
     Raises ValueError for a metric that two notebooks recorded, naming both.
     """
-    metrics: dict[str, Any] = {}
+    metrics: dict[str, dict[str, Any]] = {}
     owner: dict[str, str] = {}
     for stem, path in parts.items():
         for name, entry in load_part(path).items():
             if name in owner:
                 raise ValueError(f"metric {name} is recorded by {owner[name]} and by {stem}: one name, one notebook")
             owner[name], metrics[name] = stem, entry
-    times = {stem: round(value, 1) for stem, value in seconds.items()}
-    return {**provenance(), "seconds": {**times, "total": round(sum(seconds.values()), 1)}, "metrics": metrics}
+    return metrics
+
+
+def refresh(path: Path, parts: Mapping[str, Path], seconds: Mapping[str, float]) -> tuple[dict[str, Any], str]:
+    """The metrics document at `path`, rewritten where it does not say what the parts and run times do.
+
+    Returns the document and, where a damaged file was redone, a note that says so.
+    """
+    metrics, note = merge(parts), ""
+    times = {**seconds, "total": round(sum(seconds.values()), 1)}
+    try:
+        document = load_metrics(path)
+        if document["metrics"] == metrics and document["seconds"] == times:
+            return document, note
+    except FileNotFoundError:
+        pass
+    except ValueError as error:
+        note = f"redid {path.name}: {error}"
+    document = {**provenance(), "seconds": times, "metrics": metrics}
+    atomic_write(path, _dump(document))
+    return document, note
 
 
 def load_metrics(path: str | Path) -> dict[str, Any]:
@@ -66,6 +85,13 @@ def reference(slug: str) -> tuple[str, dict[str, Any]] | None:
         if path.is_file():
             return profile, load_metrics(path)
     return None
+
+
+def keep(run: paths.Run) -> Path:
+    """Copy a run's merged metrics to where the reference of its profile is committed; returns that path."""
+    path = paths.PAPERS / run.slug / "reference" / f"{run.profile}.json"
+    atomic_write(path, _dump(load_metrics(run.metrics)))
+    return path
 
 
 def readme_block() -> str:
@@ -166,6 +192,10 @@ def _load_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise ValueError(f"{path} must hold a JSON object, got a {type(document).__name__}")
     return document
+
+
+def _dump(document: Mapping[str, Any]) -> str:
+    return json.dumps(document, indent=1, sort_keys=True) + "\n"
 
 
 def _check_metrics(metrics: Mapping[str, Any], path: str | Path) -> None:

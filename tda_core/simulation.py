@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from tda_core.examples import Examples
 from tda_core.problem import CURVATURES, Problem
 from tda_core.recipes import Recipe
+from tda_core.solvers import conjugate_gradients
 from tda_core.store import load_tensors, save_tensors
 from tda_core.training import one_thread, train_many
 
@@ -36,15 +37,17 @@ class Dynamics:
     """How responses are simulated.
 
     horizon: steps T. damping: lambda, on top of the problem's weight decay. rate: eta; None takes
-    1/lambda_max. momentum: heavy-ball beta. batch_size: training examples per curvature product; None is
-    full batch. tail: share of the last steps whose responses are averaged (0: the last one alone), which
-    is what makes mini-batches work. seed: order of the mini-batches.
+    1/lambda_max. momentum: heavy-ball beta, or "adaptive": rate and momentum of each step and example
+    chosen for the fastest descent, which is conjugate gradients (full batch; rate and tail do not apply).
+    batch_size: training examples per curvature product; None is full batch. tail: share of the last steps
+    whose responses are averaged (0: the last one alone), which is what makes mini-batches work. seed:
+    order of the mini-batches.
     """
 
-    horizon: int = 50
+    horizon: int = 20
     damping: float = 1e-2
     rate: float | None = None
-    momentum: float = 0.0
+    momentum: float | str = "adaptive"
     batch_size: int | None = None
     tail: float = 0.0
     curvature: str = "ggn"
@@ -57,8 +60,11 @@ class Dynamics:
             raise ValueError(f"damping must be finite and >= 0, got {self.damping}")
         if self.rate is not None and not (math.isfinite(self.rate) and self.rate > 0):
             raise ValueError(f"rate must be finite and > 0, or None for 1/lambda_max, got {self.rate}")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
+        if self.momentum == "adaptive":
+            if self.rate is not None or self.batch_size is not None or self.tail:
+                raise ValueError("adaptive momentum is full batch: leave rate, batch_size and tail at their defaults")
+        elif isinstance(self.momentum, str) or not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1) or 'adaptive', got {self.momentum!r}")
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"batch_size must be >= 1, or None for full batch, got {self.batch_size}")
         if not 0 <= self.tail <= 1:
@@ -94,18 +100,21 @@ def trajectory(problem: Problem, dynamics: Dynamics) -> Iterator[Tensor]:
     The tensor given is overwritten by the next step, unless the tail average has begun.
     Raises ValueError for an unstable rate and FloatingPointError when a mini-batch run diverges.
     """
-    rate = stable_rate(problem, dynamics)
     n = len(problem.train)
     push = problem.gradients(problem.train) / n
+    if dynamics.momentum == "adaptive":
+        steps = conjugate_gradients(lambda v: _damped_product(problem, dynamics, v), push)
+        yield from (response for _, (response, _) in zip(range(dynamics.horizon), steps, strict=False))
+        return
+    rate = stable_rate(problem, dynamics)
     bound = 1e4 * float(push.norm(dim=1).max()) * max(dynamics.horizon * rate, 1.0)
     response, velocity = torch.zeros_like(push), torch.zeros_like(push)
     tail_start = dynamics.horizon - max(1, round(dynamics.tail * dynamics.horizon))
     average = torch.zeros_like(push) if dynamics.tail else None
     batches = _batches(n, dynamics)
     for step in range(dynamics.horizon):
-        pull = problem.curvature_product(response, dynamics.curvature, next(batches)) if step else velocity.clone()
-        pull.add_(response, alpha=dynamics.damping).sub_(push)
-        velocity.mul_(dynamics.momentum).sub_(pull, alpha=rate)
+        curved = _damped_product(problem, dynamics, response, next(batches)) if step else torch.zeros_like(push)
+        velocity.mul_(dynamics.momentum).sub_(curved.sub_(push), alpha=rate)
         response += velocity
         if step % 10 == 9 and not float(response.norm(dim=1).max()) < bound:
             raise FloatingPointError(
@@ -117,6 +126,10 @@ def trajectory(problem: Problem, dynamics: Dynamics) -> Iterator[Tensor]:
         else:
             average += (response - average) / (step - tail_start + 1)
             yield average
+
+
+def _damped_product(problem: Problem, dynamics: Dynamics, vectors: Tensor, rows: Tensor | None = None) -> Tensor:
+    return problem.curvature_product(vectors, dynamics.curvature, rows).add_(vectors, alpha=dynamics.damping)
 
 
 def stable_rate(problem: Problem, dynamics: Dynamics) -> float:
@@ -142,6 +155,8 @@ def closed_form(problem: Problem, dynamics: Dynamics) -> Tensor:
     The plain reference of `trajectory`: in each eigendirection the steps are a scalar recursion. Without
     momentum it is [1 - (1 - eta h)^T] / h. Exact, but p^3: for small p only. `tail` is ignored.
     """
+    if dynamics.momentum == "adaptive" or dynamics.batch_size is not None:
+        raise ValueError("the closed form is for full-batch steps with a fixed momentum")
     rate = stable_rate(problem, dynamics)
     values, vectors = torch.linalg.eigh(problem.curvature(dynamics.curvature).double())
     values += dynamics.damping
@@ -183,7 +198,7 @@ def simulate_literal(recipe: Recipe, problem: Problem, *, amplitude: float = 1.0
             )  # fmt: skip
     sides = 1 if variants["one_sided"] else 2
     response = (ends[1] - ends[0]) / (sides * amplitude)
-    return ForwardOnly(problem, response, Dynamics(horizon=recipe.epochs))
+    return ForwardOnly(problem, response, Dynamics(horizon=recipe.epochs, damping=0.0))
 
 
 @dataclass(frozen=True, eq=False)

@@ -142,7 +142,7 @@ def test_interval_covers_the_truth_and_narrows_with_subsets():
         if seed == 0:
             few = lds(scores, masks[:10], outcomes[:10], n_bootstrap=200)
             widths = {40: estimate.high - estimate.low, 10: few.high - few.low}
-    print(covered); assert covered >= 35, f"a 95% interval covered the truth {covered} times of 40"
+    assert covered >= 35, f"a 95% interval covered the truth {covered} times of 40"
     assert widths[40] < 0.7 * widths[10]
 
 
@@ -284,7 +284,7 @@ def test_bad_loo_indices(indices, message):
 def test_loo_needs_matching_queries_and_three_removals():
     with pytest.raises(ValueError, match="effects are of 3 queries, but scores of 2"):
         loo_correlation(np.ones((2, 5)), np.ones((3, 3)), [0, 1, 2])
-    with pytest.raises(ValueError, match="at least 3 rows .* got 2"):
+    with pytest.raises(ValueError, match=r"at least 3 rows .* got 2"):
         loo_correlation(np.ones((2, 5)), np.ones((2, 2)), [0, 1])
 
 

@@ -106,3 +106,8 @@ def test_bad_scores_are_refused():
         removal_masks(torch.tensor([[0.0, 0, 0], [0, 0, float("nan")]]), 1)
     with pytest.raises(ValueError, match=r"shape \(3,\)"):
         removal_masks(torch.zeros(3), 1)
+
+
+def test_many_equal_scores_still_go_by_the_lower_index():
+    keep = removal_masks(torch.zeros(1, 5000), 100)
+    assert not keep[0, :100].any() and keep[0, 100:].all()

@@ -1,0 +1,53 @@
+"""Linear systems with a symmetric positive definite curvature, for many right-hand sides at once."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+
+def conjugate_gradients(product: Callable[[Tensor], Tensor], goals: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Iterates of A x = goal for every row of `goals` (k, p), from zero (Hestenes & Stiefel 1952).
+
+    product: (j, p) -> A applied to each row. Yields after each step the iterate (k, p), which the next step
+    overwrites, and the relative residuals (k,). A row that is solved to rounding is left alone.
+    Raises ValueError on negative curvature, which A > 0 excludes.
+    """
+    x, residual, direction = torch.zeros_like(goals), goals.clone(), goals.clone()
+    squared = (goals**2).sum(1)
+    scale = squared.clone()
+    floor = (10 * torch.finfo(goals.dtype).eps) ** 2 * scale
+    while True:
+        rows = (squared > floor).nonzero()[:, 0]
+        if len(rows) == 0:
+            yield x, torch.zeros_like(scale)
+            continue
+        rows = slice(None) if len(rows) == len(goals) else rows  # a full index would copy everything
+        along = direction[rows]
+        curved = product(along)
+        bent = (along * curved).sum(1)
+        if bool((bent <= 0).any()):
+            raise ValueError(f"negative curvature {float(bent.min()):.3g} met: the damped curvature must be positive")
+        step = (squared[rows] / bent)[:, None]
+        x[rows] += step * along
+        residual[rows] -= step * curved
+        after = (residual[rows] ** 2).sum(1)
+        direction[rows] = residual[rows] + (after / squared[rows])[:, None] * along
+        squared[rows] = after
+        yield x, (squared / scale.clamp_min(torch.finfo(scale.dtype).tiny)).sqrt()
+
+
+def solve_dense(curvature: Tensor, goals: Tensor, damping: float) -> Tensor:
+    """Rows x_i with (curvature + damping I) x_i = goals_i by Cholesky: (p, p), (k, p) -> (k, p).
+
+    Raises ValueError where the damped curvature is not positive definite, naming the damping it needs.
+    """
+    damped = curvature + damping * torch.eye(len(curvature), dtype=curvature.dtype)
+    factor, info = torch.linalg.cholesky_ex(damped)
+    if int(info):
+        smallest = float(torch.linalg.eigvalsh(damped.double())[0])
+        raise ValueError(
+            f"curvature + damping {damping} is not positive definite (smallest eigenvalue {smallest:.3g}): "
+            f"use a damping above {damping - smallest:.3g}"
+        )
+    return torch.cholesky_solve(goals.T, factor).T
