@@ -12,7 +12,7 @@ class Examples:
     """Inputs and targets of equal length, checked once, here.
 
     inputs: (n, ...) float tensor, finite. targets: (n,) int64 class labels, or (n,) float targets.
-    Raises ValueError for an empty set, unequal lengths, and NaN or infinite values.
+    Raises ValueError for an empty set, unequal lengths, and NaN or infinite values; TypeError for other types.
     """
 
     inputs: Tensor
@@ -23,6 +23,10 @@ class Examples:
             value = getattr(self, name)
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        if not self.inputs.is_floating_point():
+            raise TypeError(f"inputs must be floating point, got {self.inputs.dtype}")
+        if not self.targets.is_floating_point() and self.targets.dtype != torch.int64:
+            raise TypeError(f"targets must be int64 class labels or floating point, got {self.targets.dtype}")
         if self.inputs.ndim < 2:
             raise ValueError(f"inputs must be (n, ...) with at least 2 dimensions, got {tuple(self.inputs.shape)}")
         if self.targets.ndim != 1:

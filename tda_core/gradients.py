@@ -5,6 +5,7 @@ A positive score means that training on b lowers q's loss. Influence scores are 
 loss: the first-order increase of q's loss when b is removed from the mean over n examples.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +89,8 @@ class Attribution:
     def load(cls, path: Path | str, problems: Sequence[Problem]) -> "Attribution":
         """Read what `save` wrote; ValueError where the models or the data are not the saved ones."""
         tensors, metadata = load_tensors(Path(path))
+        if "query_side" not in metadata:
+            raise ValueError(f"{path} does not hold an Attribution, but {sorted(metadata)}")
         rule = metadata["query_side"]
         if len(problems) != len(metadata["made_for"]):
             raise ValueError(f"{path} was made for {len(metadata['made_for'])} problems, but got {len(problems)}")
@@ -112,8 +115,7 @@ def exact_influence(
     Hessian needs damping above minus its smallest eigenvalue).
     """
     problems = _as_tuple(problem)
-    if damping < 0:
-        raise ValueError(f"damping must be >= 0, got {damping}")
+    _check_damping(damping)
     solved = [p.head() if last_layer else p for p in problems]
     dense = solved[0].n_parameters <= DENSE_LIMIT
     sides = []
@@ -159,7 +161,7 @@ def tracin(checkpoints: Sequence[Problem], rates: Sequence[float]) -> Attributio
     if len(checkpoints) != len(rates) or not len(rates):
         raise ValueError(f"tracin needs one rate per checkpoint, got {len(checkpoints)} and {len(rates)}")
     sides = tuple(rate * p.gradients(p.train) / len(p.train) for p, rate in zip(checkpoints, rates, strict=True))
-    return Attribution(tuple(checkpoints), sides, QuerySide())
+    return Attribution(_as_tuple(checkpoints), sides, QuerySide())
 
 
 def trak(
@@ -172,8 +174,7 @@ def trak(
     Raises ValueError where damping 0 leaves a singular system or dimension < 1.
     """
     problems = _as_tuple(problem)
-    if damping < 0:
-        raise ValueError(f"damping must be >= 0, got {damping}")
+    _check_damping(damping)
     if dimension is not None and dimension < 1:
         raise ValueError(f"dimension must be >= 1 or None, got {dimension}")
     classifies = problems[0].train.is_classification
@@ -240,4 +241,12 @@ def _as_tuple(problem: Problem | Sequence[Problem]) -> tuple[Problem, ...]:
     problems = (problem,) if isinstance(problem, Problem) else tuple(problem)
     if not problems:
         raise ValueError("give at least one problem, got none")
+    hashes = list(dict.fromkeys(member.train.hash[:16] for member in problems))
+    if len(hashes) > 1:  # their scores would be added example by example
+        raise ValueError(f"the problems must share one training set, got data {hashes[0]} and {hashes[1]}")
     return problems
+
+
+def _check_damping(damping: float) -> None:
+    if not (math.isfinite(damping) and damping >= 0):
+        raise ValueError(f"damping must be finite and >= 0, got {damping}")

@@ -15,7 +15,6 @@ from tqdm.auto import tqdm
 
 from tda_core.examples import Examples
 from tda_core.files import source_fingerprint
-from tda_core.metrics import Estimate, lds
 from tda_core.problem import Problem
 from tda_core.recipes import Recipe
 from tda_core.store import Store, fingerprint, load_tensors, save_tensors
@@ -56,7 +55,9 @@ class GroundTruth:
 
     @classmethod
     def load(cls, path: Path | str) -> "GroundTruth":
-        tensors, _ = load_tensors(Path(path))
+        tensors, metadata = load_tensors(Path(path))
+        if metadata.get("kind") != "GroundTruth":
+            raise ValueError(f"{path} does not hold a GroundTruth, but {sorted(metadata)}")
         return cls(tensors["masks"], tensors["seeds"], tensors["losses"], tensors.get("margins"))
 
 
@@ -89,9 +90,13 @@ def retrain(
     """
     if masks.dtype != torch.bool:
         raise TypeError(f"masks must be boolean (m, n), got {masks.dtype}")
+    if masks.ndim != 2 or masks.shape[1] != len(data) or not len(masks):
+        raise ValueError(f"masks must be (m, {len(data)}) with m >= 1, got {tuple(masks.shape)}")
+    sizes = masks.sum(1)
+    if int(sizes.min()) != int(sizes.max()):  # training sees one block of them at a time
+        raise ValueError(f"subsets must be equally large, got sizes {int(sizes.min())} to {int(sizes.max())}")
+    _check_seeds(seeds)
     m = len(masks)
-    if not len(seeds) or len(set(seeds)) != len(seeds):
-        raise ValueError(f"seeds must be distinct and at least one, got {list(seeds)}")
     pairs = [(i, seed) for i in range(m) for seed in seeds]
     measured = _measure(recipe, data, masks, pairs, queries, **options)
     shaped = {name: value.view(m, len(seeds), -1) for name, value in measured.items()}
@@ -107,6 +112,7 @@ def leave_one_out(
     of its seed; b's loss counts zero. Two such runs differ by the removal and what it sets off, not by
     another shuffle. options: as in `retrain`.
     """
+    _check_seeds(seeds)
     indices = torch.as_tensor(indices)
     weights = torch.cat([torch.ones(1, len(data)), leave_one_out_masks(len(data), indices).float()])
     pairs = [(i, seed) for seed in seeds for i in range(len(weights))]
@@ -139,18 +145,6 @@ def warm_precision(recipe: Recipe) -> str:
     return "float32" if recipe.precision == "bfloat16" else recipe.precision
 
 
-def choose(candidates: dict[float, Tensor], truth: GroundTruth) -> tuple[float, dict[float, Estimate]]:
-    """The setting with the highest LDS, and every setting's LDS.
-
-    candidates: setting -> scores (n_query, n_train). Give validation queries and their ground truth, never
-    the ones that are reported.
-    """
-    if not candidates:
-        raise ValueError("choose needs at least one candidate, got none")
-    table = {setting: lds(scores, truth.masks, truth.outcomes) for setting, scores in candidates.items()}
-    return max(table, key=lambda setting: table[setting].value), table
-
-
 # -- blocks of models through joblib ----------------------------------------------------------------
 
 
@@ -174,7 +168,8 @@ def _measure(
         rows, seeds = zip(*blocks[i], strict=True)
         return joblib.delayed(_train_block)(recipe, data, weights[list(rows)], seeds, queries, options["initial"])
 
-    parallel = joblib.Parallel(n_jobs=options["n_jobs"], return_as="generator")
+    # two blocks are done here before worker processes have started
+    parallel = joblib.Parallel(n_jobs=options["n_jobs"] if len(missing) > 2 else 1, return_as="generator")
     results = parallel(job(i) for i in missing)
     with tqdm(total=len(pairs), desc="retraining", unit="model", disable=not options["progress"]) as bar:
         bar.update(sum(len(blocks[i]) for i in range(len(blocks)) if i not in set(missing)))
@@ -192,6 +187,11 @@ def _train_block(
     with one_thread():
         theta = train_many(recipe, data, weights, list(seeds), initial)
         return evaluate(recipe, theta, queries)
+
+
+def _check_seeds(seeds: Sequence[int]) -> None:
+    if not len(seeds) or len(set(seeds)) != len(seeds):
+        raise ValueError(f"seeds must be distinct and at least one, got {list(seeds)}")
 
 
 def _key(recipe: Recipe, data: Examples, queries: Examples, initial: Tensor | None) -> dict:

@@ -87,20 +87,15 @@ def loo_correlation(
     the example minus outcome without it, so positive for proponents. indices: (n_removed,), which
     example each row removed. The interval is a two-way bootstrap over queries and removed examples.
     """
-    scores, true = as_array(scores, "scores", 2), _mean_over_seeds(effects, "effects")
-    n_query, n_train = scores.shape
-    indices = np.asarray(indices)
-    if indices.shape != (len(true),) or indices.dtype.kind not in "iu":
-        raise ValueError(
-            f"indices must be {len(true)} integers, one a row of effects, got {indices.dtype} {indices.shape}"
-        )
-    if indices.min() < 0 or indices.max() >= n_train:
-        bad = indices[(indices < 0) | (indices >= n_train)][0]
-        raise ValueError(f"indices must lie in 0..{n_train - 1}, got {bad}")
-    if len(np.unique(indices)) != len(indices):
-        raise ValueError("indices must not repeat: each removed example counts once")
-    _expect_columns(true, n_query, "effects")
-    return _mean_correlation([scores[:, indices].T], true, n_bootstrap, seed)
+    predicted, true = _removed_scores_and_effects(scores, effects, indices)
+    return _mean_correlation([predicted], true, n_bootstrap, seed)
+
+
+def loo_difference(scores_a: Array, scores_b: Array, effects: Array, indices: Array, *, seed: int = 0) -> Estimate:
+    """Leave-one-out correlation of scores_a minus that of scores_b, paired as in `lds_difference`."""
+    first, true = _removed_scores_and_effects(scores_a, effects, indices)
+    second, _ = _removed_scores_and_effects(scores_b, effects, indices)
+    return _mean_correlation([first, second], true, 1000, seed)
 
 
 def lds_ceiling(outcomes: Array, *, n_splits: int = 100, n_bootstrap: int = 1000, seed: int = 0) -> Ceiling:
@@ -230,6 +225,24 @@ def _predictions_and_outcomes(scores: Array, masks: Array, outcomes: Array) -> t
     scale = np.abs(scores).sum(1)
     predicted = masks.astype(np.float64) @ (scores / np.where(scale > 0, scale, 1)[:, None]).T
     return np.round(predicted, 12), outcomes
+
+
+def _removed_scores_and_effects(scores: Array, effects: Array, indices: Array) -> tuple[np.ndarray, np.ndarray]:
+    """Scores of the removed examples and their effects, both (n_removed, n_query), checked."""
+    scores, true = as_array(scores, "scores", 2), _mean_over_seeds(effects, "effects")
+    n_query, n_train = scores.shape
+    indices = np.asarray(indices)
+    if indices.shape != (len(true),) or indices.dtype.kind not in "iu":
+        raise ValueError(
+            f"indices must be {len(true)} integers, one a row of effects, got {indices.dtype} {indices.shape}"
+        )
+    if indices.min() < 0 or indices.max() >= n_train:
+        bad = indices[(indices < 0) | (indices >= n_train)][0]
+        raise ValueError(f"indices must lie in 0..{n_train - 1}, got {bad}")
+    if len(np.unique(indices)) != len(indices):
+        raise ValueError("indices must not repeat: each removed example counts once")
+    _expect_columns(true, n_query, "effects")
+    return scores[:, indices].T, true
 
 
 def _mean_over_seeds(value: Array, name: str) -> np.ndarray:

@@ -37,8 +37,11 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
 def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
     """Half the squared error of each example: outputs (n, 1), targets (n,) -> (n,).
 
-    The half makes the loss' second derivative in the output 1, so the GGN is J'J.
+    The half makes the loss' second derivative in the output 1, so the GGN is J'J. Raises ValueError for
+    outputs of another width, all but the first of which would go unseen.
     """
+    if outputs.shape[1] != 1:
+        raise ValueError(f"squared_error needs outputs of width 1, got width {outputs.shape[1]}")
     return 0.5 * (outputs[:, 0] - targets) ** 2
 
 

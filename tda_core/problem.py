@@ -6,6 +6,7 @@ theta in R^p; a stack of parameter-space directions is a (k, p) matrix.
 
 import copy
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -51,8 +52,8 @@ class Problem:
             raise ValueError(f"theta must be ({expected},) for this module, got {tuple(self.theta.shape)}")
         if not torch.isfinite(self.theta).all():
             raise ValueError("theta must be finite: it holds NaN or infinity (did training diverge?)")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay must be >= 0, got {self.weight_decay}")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise ValueError(f"weight_decay must be finite and >= 0, got {self.weight_decay}")
         self.check(self.train)
 
     @classmethod
@@ -66,6 +67,8 @@ class Problem:
         if isinstance(loss, str):
             if loss not in LOSSES:
                 raise ValueError(f"unknown loss {loss!r}, expected one of {sorted(LOSSES)} or a function")
+            if (loss == "cross_entropy") != train.is_classification:
+                raise ValueError(f"loss {loss!r} does not fit targets of type {train.targets.dtype}")
             loss = LOSSES[loss]
         module = copy.deepcopy(module).eval()
         theta = torch.cat([value.detach().flatten() for value in module.parameters()])
@@ -106,8 +109,9 @@ class Problem:
     # -- evaluation ---------------------------------------------------------------------------------
 
     def outputs(self, inputs: Tensor, theta: Tensor | None = None) -> Tensor:
-        """Model outputs (logits for a classifier): (n, ...) -> (n, C)."""
-        return functional_call(self.module, self.unravel(self.theta if theta is None else theta), (inputs,))
+        """Model outputs (logits for a classifier): (n, ...) -> (n, C), in theta's floating-point type."""
+        theta = self.theta if theta is None else theta
+        return functional_call(self.module, self.unravel(theta), (inputs.to(theta.dtype),))
 
     def losses(self, examples: Examples, theta: Tensor | None = None) -> Tensor:
         """Per-example losses (n,)."""
@@ -257,6 +261,8 @@ class Problem:
         for _ in range(steps):
             v = self.curvature_product(v / v.norm(), kind)
             size = v.norm()
+            if size == 0:  # every output saturated: nothing to normalise
+                break
         return float(size)
 
     # -- checks -------------------------------------------------------------------------------------
@@ -266,8 +272,8 @@ class Problem:
         if not isinstance(examples, Examples):
             raise TypeError(f"expected Examples(inputs, targets), got {type(examples).__name__}")
         if examples.inputs.shape[1:] != self.train.inputs.shape[1:]:
-            expected, got = tuple(self.train.inputs.shape[1:]), tuple(examples.inputs.shape[1:])
-            raise ValueError(f"inputs must have shape (n, {', '.join(map(str, expected))}), got (n, {got})")
+            expected, got = (", ".join(map(str, e.inputs.shape[1:])) for e in (self.train, examples))
+            raise ValueError(f"inputs must have shape (n, {expected}), got (n, {got})")
         if examples.is_classification != self.train.is_classification:
             raise ValueError(f"targets must be {self.train.targets.dtype} as in training, got {examples.targets.dtype}")
         if examples.is_classification and int(examples.targets.max()) >= self.n_outputs:

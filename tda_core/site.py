@@ -156,7 +156,8 @@ def to_mathml(latex: str, display: str) -> str:
 
     tag = re.search(r"\\tag\{([^{}]*)\}", latex)
     plain = latex.replace(tag.group(0), "") if tag else latex
-    plain = re.sub(r"(\\(?:begin|end))\{aligned\}", r"\1{align*}", plain)  # the name that the converter knows
+    environments = r"(\\(?:begin|end))\{(?:align(?:ed)?|gather(?:ed)?|split)\*?\}"
+    plain = re.sub(environments, r"\1{align*}", plain)  # one that the converter knows, and does not number
     try:
         mathml = convert(plain.strip(), display=display)
         unknown = re.search(r"<m\w+>\\[a-zA-Z]+", mathml)
@@ -165,9 +166,8 @@ def to_mathml(latex: str, display: str) -> str:
     if unknown:
         log.warning("an equation is shown as LaTeX, because it cannot be converted: %s", latex.strip())
         return f"<code>{html.escape(latex.strip())}</code>"
-    return mathml.replace(
-        "</math>", f"<mspace width='2em'/><mtext>({html.escape(tag.group(1))})</mtext></math>" if tag else "</math>"
-    )
+    number = f"<mspace width='2em'/><mtext>({html.escape(tag.group(1))})</mtext>" if tag else ""
+    return mathml.replace("</math>", f"{number}</math>")
 
 
 def title_of(job: Job) -> str:

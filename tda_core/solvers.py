@@ -40,14 +40,18 @@ def conjugate_gradients(product: Callable[[Tensor], Tensor], goals: Tensor) -> I
 def solve_dense(curvature: Tensor, goals: Tensor, damping: float) -> Tensor:
     """Rows x_i with (curvature + damping I) x_i = goals_i by Cholesky: (p, p), (k, p) -> (k, p).
 
-    Raises ValueError where the damped curvature is not positive definite, naming the damping it needs.
+    Raises ValueError where the damped curvature is not positive definite, or singular to rounding, naming
+    the damping it needs.
     """
     damped = curvature + damping * torch.eye(len(curvature), dtype=curvature.dtype)
     factor, info = torch.linalg.cholesky_ex(damped)
-    if int(info):
-        smallest = float(torch.linalg.eigvalsh(damped.double())[0])
+    eps = torch.finfo(damped.dtype).eps
+    # A pivot that cancelled to the rounding error of its diagonal entry holds no correct digit, whatever its sign.
+    if int(info) or bool((factor.diagonal() ** 2 <= 4 * eps * damped.diagonal()).any()):
+        values = torch.linalg.eigvalsh(damped.double())
+        smallest, rounding = float(values[0]), len(values) * eps * float(values[-1])
         raise ValueError(
             f"curvature + damping {damping} is not positive definite (smallest eigenvalue {smallest:.3g}): "
-            f"use a damping above {damping - smallest:.3g}"
+            f"use a damping above {damping - min(smallest, 0.0) + rounding:.3g}"
         )
     return torch.cholesky_solve(goals.T, factor).T

@@ -24,6 +24,7 @@ from tda_core.recipes import PRECISIONS, Recipe, epoch_orders, initial_parameter
 def train_loop(recipe: Recipe, examples: Examples, weights: Tensor, seed: int, initial: Tensor | None = None) -> Tensor:
     """One model, one batch at a time, by autograd and `torch.optim.SGD`: (p,). weights: (n,)."""
     weights, _ = _check(recipe, examples, weights[None], [seed])
+    targets = examples.targets if examples.is_classification else examples.targets.to(recipe.dtype)
     model = mlp(recipe.layers, recipe.activation).to(recipe.dtype)
     start = initial_parameters(recipe, seed) if initial is None else initial
     torch.nn.utils.vector_to_parameters(start.clone(), model.parameters())
@@ -37,7 +38,7 @@ def train_loop(recipe: Recipe, examples: Examples, weights: Tensor, seed: int, i
         for rows in order[0].split(recipe.batch_size):
             for group in optimiser.param_groups:
                 group["lr"] = recipe.rate(step, n_steps)
-            batch_loss = LOSSES[recipe.loss](model(examples.inputs[rows].to(recipe.dtype)), examples.targets[rows])
+            batch_loss = LOSSES[recipe.loss](model(examples.inputs[rows].to(recipe.dtype)), targets[rows])
             optimiser.zero_grad()
             (batch_loss * factors[0, rows]).mean().backward()
             optimiser.step()
@@ -79,6 +80,7 @@ def train_epochs(
     shared = all(bool((order == order[:1]).all()) for order in orders)
     product_type = PRECISIONS[recipe.precision]
     inputs = examples.inputs.flatten(1).to(product_type).contiguous()
+    targets = examples.targets if examples.is_classification else examples.targets.to(recipe.dtype)
     weighted = weights.is_floating_point()
     n_visited = orders[0].shape[1]
     n_steps = recipe.epochs * math.ceil(n_visited / recipe.batch_size)
@@ -91,7 +93,7 @@ def train_epochs(
             else:
                 x = inputs.index_select(0, rows.reshape(-1)).view(*rows.shape, -1)
             factor = factors.gather(1, rows)[:, None] if weighted else None
-            ensemble.step(x, examples.targets[rows][:, None], factor, recipe.rate(step, n_steps))
+            ensemble.step(x, targets[rows][:, None], factor, recipe.rate(step, n_steps))
             step += 1
         yield ensemble.theta
 
@@ -194,6 +196,8 @@ def train_checkpoints(
     if unknown or not epochs:
         raise ValueError(f"checkpoint epochs must lie in 1..{recipe.epochs}, got {epochs}")
     mask = torch.ones(len(examples), dtype=torch.bool) if mask is None else mask
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be boolean (n,), got {mask.dtype}")
     kept = {}
     for epoch, theta in enumerate(train_epochs(recipe, examples, mask[None], [seed]), start=1):
         if epoch in epochs:
@@ -204,13 +208,25 @@ def train_checkpoints(
 
 
 def evaluate(recipe: Recipe, theta: Tensor, queries: Examples) -> dict[str, Tensor]:
-    """Losses (M, q), and for classifiers margins (M, q), of M models at once. theta: (M, p)."""
+    """Losses (M, q), and for classifiers margins (M, q), of M models at once. theta: (M, p).
+
+    Raises ValueError for wrong shapes and FloatingPointError for a loss that is NaN or infinite.
+    """
     _check_examples(recipe, queries)
+    if theta.ndim != 2 or theta.shape[1] != recipe.n_parameters:
+        raise ValueError(f"theta must be (M, {recipe.n_parameters}) for this recipe, got {tuple(theta.shape)}")
     logits = _Ensemble(recipe, theta).forward(queries.inputs.flatten(1).to(theta.dtype))[-1]
     m, c, q = logits.shape
     flat = logits.transpose(1, 2).reshape(m * q, c)
     targets = queries.targets.expand(m, q).reshape(-1)
     measured = {"losses": LOSSES[recipe.loss](flat, targets).view(m, q)}
+    bad = (~torch.isfinite(measured["losses"])).nonzero()
+    if len(bad):
+        model, query = bad[0].tolist()
+        raise FloatingPointError(
+            f"the loss of query {query} under model {model} is {float(measured['losses'][model, query])}: "
+            f"training diverged, lower learning_rate={recipe.learning_rate} or momentum={recipe.momentum}"
+        )
     if queries.is_classification:
         measured["margins"] = margin(flat, targets).view(m, q)
     return measured
@@ -244,6 +260,9 @@ def _visits(recipe: Recipe, weights: Tensor, seeds: list[int]) -> tuple[list[Ten
 
 def _check(recipe: Recipe, examples: Examples, weights: Tensor, seeds: list[int]) -> tuple[Tensor, list[int]]:
     _check_examples(recipe, examples)
+    fractional = [seed for seed in seeds if int(seed) != seed]
+    if fractional:
+        raise ValueError(f"seeds must be whole numbers, got {fractional[0]}")
     seeds = [int(seed) for seed in seeds]
     if weights.ndim != 2 or weights.shape != (len(seeds), len(examples)) or not seeds:
         expected = f"({len(seeds)} seeds, {len(examples)} examples), 1 seed or more"
@@ -256,8 +275,11 @@ def _check(recipe: Recipe, examples: Examples, weights: Tensor, seeds: list[int]
             raise ValueError(f"subset {int(sizes.argmin())} is empty: every subset needs at least one example")
         if int(sizes.min()) != int(sizes.max()):
             raise ValueError(f"subsets must be equally large, got sizes {int(sizes.min())} to {int(sizes.max())}")
-    elif not weights.is_floating_point() or not torch.isfinite(weights).all():
+    elif not weights.is_floating_point():
         raise ValueError(f"weights must be boolean or finite floats, got {weights.dtype}")
+    elif not torch.isfinite(weights).all():
+        model, example = (~torch.isfinite(weights)).nonzero()[0].tolist()
+        raise ValueError(f"weights must be finite, got {float(weights[model, example])} at [{model}, {example}]")
     return weights, seeds
 
 

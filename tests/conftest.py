@@ -1,6 +1,7 @@
 """Shared fixtures: one torch thread, results in a temporary folder, and a small project to run."""
 
 import contextlib
+import io
 import shutil
 from pathlib import Path
 
@@ -64,6 +65,8 @@ why = "Because."
 class Project:
     """A checkout of its own in a temporary folder, with the real tda_core and two small notebooks."""
 
+    output = ""
+
     def __init__(self, root: Path) -> None:
         self.root = root
         shutil.copytree(paths.PACKAGE, root / "tda_core", ignore=shutil.ignore_patterns("__pycache__"))
@@ -95,18 +98,41 @@ class Project:
         return [word for log in sorted((self.root / "results").glob("*/log.txt")) for word in log.read_text().split()]
 
 
+def point_at(root: Path, patch: pytest.MonkeyPatch) -> None:
+    """Make every path of tda_core lead into the checkout at `root`, and results into its results/."""
+    places = {"ROOT": "", "PACKAGE": "tda_core", "NOTEBOOKS": "notebooks", "PAPERS": "papers"}
+    places |= {"README": "README.md", "LOCK": "requirements.txt", "SITE": "site"}
+    for name, place in places.items():
+        patch.setattr(paths, name, root / place)
+    patch.setenv("TDA_RESULTS_DIR", str(root / "results"))
+
+
 @pytest.fixture
-def project(tmp_path, monkeypatch, results) -> Project:
-    """The small project, with every path of tda_core pointing into it."""
+def project(tmp_path, monkeypatch) -> Project:
+    """The small project, before anything has run."""
     made = Project(tmp_path)
-    for name, place in {
-        "ROOT": "",
-        "PACKAGE": "tda_core",
-        "NOTEBOOKS": "notebooks",
-        "PAPERS": "papers",
-        "README": "README.md",
-        "LOCK": "requirements.txt",
-        "SITE": "site",
-    }.items():
-        monkeypatch.setattr(paths, name, tmp_path / place)
+    point_at(tmp_path, monkeypatch)
+    return made
+
+
+@pytest.fixture(scope="session")
+def first_run(tmp_path_factory) -> tuple[Path, str]:
+    """The small project after one smoke run, and what that said; for copying only."""
+    from tda_core.reproduce import main
+
+    root = tmp_path_factory.mktemp("first_run")
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
+        Project(root)
+        point_at(root, patch)
+        assert main(["smoke", "demo"]) == 0
+    return root, said.getvalue()
+
+
+@pytest.fixture
+def finished(first_run, tmp_path, monkeypatch) -> Project:
+    """A copy of the small project after its first run; `output` is what that run said."""
+    shutil.copytree(first_run[0], tmp_path, dirs_exist_ok=True)
+    made = Project.__new__(Project)
+    made.root, made.output = tmp_path, first_run[1]
+    point_at(tmp_path, monkeypatch)
     return made

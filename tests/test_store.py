@@ -78,7 +78,7 @@ def test_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch, call, error
 
 def test_atomic_write_into_a_file_names_the_path(tmp_path):
     (tmp_path / "folder").write_text("a file")
-    with pytest.raises(OSError, match="folder/x.txt.*expected a writable folder"):
+    with pytest.raises(OSError, match=r"folder/x\.txt.*expected a writable folder"):
         atomic_write(tmp_path / "folder" / "x.txt", "text")
 
 

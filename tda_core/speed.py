@@ -1,0 +1,67 @@
+"""Wall-clock measurements that compare implementations in one run, on one core."""
+
+import importlib.util
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tda_core.examples import Examples
+from tda_core.models import LOSSES, mlp
+from tda_core.recipes import Recipe
+from tda_core.subsets import random_subsets
+from tda_core.training import one_thread, train_loop, train_many
+
+
+def seconds(function: Callable[[], Any], repeats: int = 3) -> float:
+    """Shortest wall-clock seconds of a call, of `repeats`: what it takes when nothing else interferes."""
+    if repeats < 1:
+        raise ValueError(f"repeats must be >= 1, got {repeats}")
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def retraining_rates(recipe: Recipe, data: Examples, *, n_loop: int = 2) -> dict[str, float]:
+    """Models a second on one core, retrained on random halves of the data, by each implementation.
+
+    "ensemble" trains one block of stacked models, "loop" n_loop models one by one, "dattri" as many through
+    dattri's retraining helper (left out where dattri is not installed: it is in the `peers` extra).
+    """
+    m = recipe.models_per_block
+    masks = random_subsets(len(data), m, 0.5, seed=0)
+    with one_thread():
+        rates = {
+            "ensemble": m / seconds(lambda: train_many(recipe, data, masks, list(range(m)))),
+            "loop": n_loop / seconds(lambda: [train_loop(recipe, data, masks[i], i) for i in range(n_loop)], 2),
+        }
+        if importlib.util.find_spec("dattri"):
+            rates["dattri"] = n_loop / seconds(lambda: _retrain_with_dattri(recipe, data, n_loop), 1)
+    return rates
+
+
+def _retrain_with_dattri(recipe: Recipe, data: Examples, n: int) -> None:
+    """n retrainings on random halves by dattri.model_util.retrain.retrain_lds, the same recipe otherwise."""
+    from dattri.model_util.retrain import retrain_lds
+
+    def train(loader: torch.utils.data.DataLoader, seed: int | None = None) -> torch.nn.Module:
+        torch.manual_seed(seed or 0)
+        model = mlp(recipe.layers, recipe.activation)
+        decay = recipe.weight_decay
+        optimiser = torch.optim.SGD(model.parameters(), recipe.learning_rate, recipe.momentum, weight_decay=decay)
+        for _ in range(recipe.epochs):
+            for inputs, targets in loader:
+                optimiser.zero_grad()
+                LOSSES[recipe.loss](model(inputs), targets).mean().backward()
+                optimiser.step()
+        return model
+
+    dataset = torch.utils.data.TensorDataset(data.inputs, data.targets)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=recipe.batch_size)
+    with tempfile.TemporaryDirectory() as folder:
+        retrain_lds(train, loader, folder, num_subsets=n, subset_ratio=0.5, seed=0)

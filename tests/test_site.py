@@ -1,0 +1,151 @@
+import base64
+import logging
+import re
+from html.parser import HTMLParser
+
+import nbformat
+import pytest
+from conftest import FIRST
+
+from tda_core import jobs, paths, site
+
+PNG = base64.b64encode(b"\x89PNG").decode()
+
+
+class Links(HTMLParser):
+    """Collects what a page would fetch, its tags, and its links."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.fetched, self.links, self.tags, self.alts = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        self.tags.append(tag)
+        if tag == "a":
+            self.links.append(found.get("href", ""))
+        elif tag in ("script", "link", "img", "iframe", "source", "object"):
+            self.fetched.append(found.get("src") or found.get("href") or found.get("data") or "")
+        if tag == "img":
+            self.alts.append(found.get("alt"))
+
+
+def check_offline(text: str) -> Links:
+    """A page that a browser can show without fetching anything, and that assistive software can read."""
+    page = Links(text)
+    assert text.startswith("<!DOCTYPE html>\n<html lang=")
+    assert re.search(r"<title>[^<]+</title>", text)
+    assert all(source.startswith("data:") for source in page.fetched)
+    assert "script" not in page.tags and "link" not in page.tags
+    assert not re.search(r"@import|url\(\s*['\"]?http", text)
+    assert all(page.alts) or not page.alts
+    return page
+
+
+def execute(project, cells) -> jobs.Job:
+    """Replace the executed first notebook by these cells; returns its job."""
+    job = jobs.plan("smoke", ["demo"])[0]
+    job.run.executed.write_text(nbformat.writes(nbformat.v4.new_notebook(cells=cells)))
+    return job
+
+
+def test_pages_and_index_open_offline(finished):
+    folder = finished.root / "site"
+    index = (folder / "index.html").read_text()
+    page = check_offline(index)
+    notebooks = ["smoke/demo/01_first.digits.html", "smoke/demo/02_second.digits.html"]
+    assert page.links == notebooks
+    for link in page.links:
+        text = (folder / link).read_text()
+        assert "../../index.html" in check_offline(text).links
+        assert "<math" in text and "$x^2$" not in text and "<h1" in text
+    assert len(page.fetched) == 2  # a figure of each notebook
+    for words in (
+        "Demo",
+        "A title",
+        "It doubles",
+        "6 [1, 90]",
+        "holds in sign only",
+        "not run at this profile",
+        " s, 20",
+    ):
+        assert words in index
+
+
+def test_only_what_changed_is_written_again(finished):
+    assert site.build(jobs.plan("smoke", ["demo"])) == []
+    page = finished.root / "site" / "smoke" / "demo" / "01_first.digits.html"
+    page.unlink()
+    assert site.build(jobs.plan("smoke", ["demo"])) == [page, finished.root / "site" / "index.html"]
+
+
+def test_index_of_nothing(project):
+    assert "Nothing has run yet" in site.index_page([])
+    check_offline(site.index_page([]))
+    assert site.build(jobs.plan("smoke", ["demo"])) == []
+
+
+def test_outputs_are_embedded_and_scripts_left_out(finished):
+    output = nbformat.v4.new_output
+    cells = [
+        nbformat.v4.new_code_cell(
+            "print('<b>')",
+            outputs=[
+                output("stream", text="a < b & c\n"),
+                output("display_data", {"image/png": PNG, "text/plain": "<Figure>"}),
+                output("display_data", {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "0%| bar"}),
+                output("display_data", {"application/javascript": "alert(1)"}),
+                output("execute_result", {"text/html": "<table><tr><td>7</td></tr></table>", "text/plain": "7"}),
+                output("error", ename="ValueError", evalue="1 < 2", traceback=["\x1b[31mValueError\x1b[0m: 1 < 2"]),
+            ],
+        ),
+        nbformat.v4.new_code_cell("cost = '$5' + '$6'"),
+    ]
+    text = site.notebook_page(execute(finished, cells))
+    page = check_offline(text)
+    assert page.fetched == [f"data:image/png;base64,{PNG}"]
+    assert "a &lt; b &amp; c" in text and "<td>7</td>" in text and "1 &lt; 2" in text
+    assert "0%| bar" not in text and "alert(1)" not in text
+    assert "<math" not in text  # dollars in code are no equations
+    assert page.alts == ["Figure drawn by the cell above"]
+
+
+def test_equations_in_markdown_become_mathml(finished, caplog):
+    source = r"""# Loss $\ell$ of <data> & more
+
+Inline $\nabla_\theta \ell(z;\theta)^\top (H+\lambda I)^{-1}$, cost 5\$ and `$code$`.
+
+$$\hat\tau = \frac{1}{n}\sum_i x_i \tag{1}$$
+
+\begin{aligned} a &= b \\ c &= d \end{aligned}
+"""
+    with caplog.at_level(logging.WARNING):
+        page = site.notebook_page(execute(finished, [nbformat.v4.new_markdown_cell(source)]))
+    text = page.split("</style>")[1]
+    assert text.count("<math") == 4 and text.count('display="block"') == 2
+    assert "(1)" in text and "<mtable" in text and "$code$" in text and "5$" in text
+    assert caplog.text == ""
+    assert not re.search(r"\\[a-z]+", text)
+
+
+@pytest.mark.parametrize("latex", [r"\frac{1}{", r"x + \nosuchcommand{y}", r"\left( x"])
+def test_an_equation_that_cannot_be_converted_is_shown_as_written(latex, caplog):
+    with caplog.at_level(logging.WARNING):
+        assert site.to_mathml(latex, "inline") == f"<code>{latex}</code>"
+    assert latex in caplog.text
+
+
+def test_text_is_escaped_everywhere(finished):
+    finished.notebook("demo/01_first", FIRST, prose="# <script>alert(1)</script>")
+    claims = finished.root / "papers" / "demo" / "claims.toml"
+    claims.write_text(claims.read_text().replace("It doubles", "It <doubles> & more"))
+    index = site.index_page(jobs.plan("smoke", ["demo"]))
+    assert "&lt;script&gt;" in index and "It &lt;doubles&gt; &amp; more" in index
+    check_offline(index)
+
+
+def test_a_notebook_without_a_heading_is_called_by_its_name(finished):
+    finished.notebook("demo/01_first", FIRST, prose="no heading")
+    assert site.title_of(jobs.plan("smoke", ["demo"])[0]) == "01_first"
+    assert site.page_path(jobs.plan("smoke", ["demo"])[0]) == paths.SITE / "smoke" / "demo" / "01_first.digits.html"
