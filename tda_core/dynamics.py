@@ -84,7 +84,8 @@ def trajectory(problem: Problem, dynamics: Dynamics) -> Iterator[Tensor]:
         yield from (response for _, (response, _) in zip(range(dynamics.horizon), steps, strict=False))
         return
     rate = stable_rate(problem, dynamics)
-    bound = 1e4 * float(push.norm(dim=1).max()) * max(dynamics.horizon * rate, 1.0)
+    # Steps against a curvature >= 0 end nearer than steps without any curvature would: no run may pass 10 times that.
+    bound = 10 * dynamics.horizon * rate / (1 - dynamics.momentum) * float(push.norm(dim=1).max())
     response, velocity = torch.zeros_like(push), torch.zeros_like(push)
     tail_start = dynamics.horizon - max(1, round(dynamics.tail * dynamics.horizon))
     average = torch.zeros_like(push) if dynamics.tail else None

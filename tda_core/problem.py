@@ -249,9 +249,15 @@ class Problem:
         return lambda v: jvp(objective_gradient, (self.theta,), (v,))[1]
 
     def curvature(self, kind: str = "ggn") -> Tensor:
-        """The dense matrix H + weight_decay I (p, p), built column by column; for small p only."""
-        matrix = self.curvature_product(torch.eye(self.n_parameters, dtype=self.theta.dtype), kind)
-        return (matrix + matrix.T) / 2
+        """The dense matrix H + weight_decay I (p, p), built column by column once; for small p only."""
+        if kind not in self._dense:
+            matrix = self.curvature_product(torch.eye(self.n_parameters, dtype=self.theta.dtype), kind)
+            self._dense[kind] = (matrix + matrix.T) / 2
+        return self._dense[kind]
+
+    @cached_property
+    def _dense(self) -> dict[str, Tensor]:
+        return {}
 
     def largest_curvature(self, kind: str = "ggn", *, steps: int = 40, seed: int = 0) -> float:
         """lambda_max of H + weight_decay I by power iteration (a slight underestimate)."""

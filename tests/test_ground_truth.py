@@ -343,7 +343,7 @@ def test_other_impossible_calls_are_refused():
 
 def test_a_diverged_run_is_never_stored(tmp_path):
     recipe = replace(RECIPES["squared_error"], learning_rate=1e6, epochs=10)
-    with pytest.raises(FloatingPointError, match="lower learning_rate=1000000.0"):
+    with pytest.raises(FloatingPointError, match=r"lower learning_rate=1000000.0"):
         retrain(recipe, DATA["squared_error"], MASKS, [0], QUERIES["squared_error"], store=Store(tmp_path), **QUIET)
     assert list(tmp_path.iterdir()) == []
 
