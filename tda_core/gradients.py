@@ -5,6 +5,7 @@ A positive score means that training on b lowers q's loss. Influence scores are 
 loss: the first-order increase of q's loss when b is removed from the mean over n examples.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -198,6 +199,7 @@ def trak(
     return Attribution(problems, tuple(sides), QuerySide(target, projection=projection, times_error=not classifies))
 
 
+@functools.lru_cache(maxsize=2)
 def projection_matrix(p: int, k: int, seed: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """Johnson-Lindenstrauss projection (p, k), entries N(0, 1/k): it keeps inner products on average."""
     generator = torch.Generator().manual_seed(seed)

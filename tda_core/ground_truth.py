@@ -21,7 +21,7 @@ from tda_core.store import Store, fingerprint, load_tensors, save_tensors
 from tda_core.subsets import leave_one_out_masks
 from tda_core.training import evaluate, one_thread, train_many
 
-# Full-batch steps after which a warm retraining counts as converged; the residual is measured.
+# Full-batch steps of a warm retraining. Whether it has converged is measured in notebook 01, not assumed.
 WARM_STEPS = 400
 
 
@@ -126,13 +126,23 @@ def leave_one_out_warm(
     """Leave-one-out by retraining from the trained parameters, full batch, the example's weight zero.
 
     The reference takes the same steps with all examples: what is left is the removal's effect, not that
-    training went on. Deterministic, so there is one "seed". options: as in `retrain`.
+    training went on. Momentum .9 and a rate that falls linearly from 1/lambda_max (stable up to 3.8/lambda_max)
+    to zero: a constant one would chatter for ever about the kinks of a ReLU network. The recipe gives loss,
+    layers and weight decay. Deterministic, so there is one "seed". options: as in `retrain`.
     Raises ValueError where the recipe does not fit the problem.
     """
     if recipe.n_parameters != problem.n_parameters:
         raise ValueError(f"the recipe has {recipe.n_parameters} parameters, the problem {problem.n_parameters}")
     n = len(problem.train)
-    full_batch = replace(recipe, batch_size=n, epochs=steps, schedule="constant", precision=warm_precision(recipe))
+    full_batch = replace(
+        recipe,
+        batch_size=n,
+        epochs=steps,
+        schedule="linear",
+        learning_rate=1 / problem.largest_curvature(),
+        momentum=0.9,
+        precision=warm_precision(recipe),
+    )
     indices = torch.as_tensor(indices)
     weights = torch.cat([torch.ones(1, n), leave_one_out_masks(n, indices).float()])
     pairs = [(i, 0) for i in range(len(weights))]

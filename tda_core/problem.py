@@ -167,6 +167,10 @@ class Problem:
 
         Raises ValueError where that layer's outputs are not the model's outputs.
         """
+        return self._head
+
+    @cached_property
+    def _head(self) -> "Problem":
         layer = dict(self.module.named_modules())[self.last_layer]
         names = [f"{self.last_layer}.{name}".lstrip(".") for name, _ in layer.named_parameters()]
         theta = torch.cat([self.theta[self.offsets[name]] for name in names])

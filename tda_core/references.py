@@ -104,12 +104,23 @@ def readme_block() -> str:
             hardware = document["hardware"]
             machine = f"{hardware['cores']} cores of {hardware['cpu']}"
             machine += f" with {hardware['gpu']}" if hardware["gpu"] else ""
-            source = (
-                f"Profile `{profile}`, {document['date'][:10]}, {machine}, {duration(document['seconds']['total'])}."
-            )
+            source = f"Profile `{profile}`, {document['date'][:10]}, {machine}. {_run_times(folder.name)}"
             table = as_markdown(claims_table(folder.name, document["metrics"]))
             blocks.append(f"**[{folder.name}](papers/{folder.name}/README.md)**. {source}\n\n{table}\n")
     return "\n".join(blocks) or "No reference metrics are committed yet.\n"
+
+
+def _run_times(slug: str) -> str:
+    """How long each profile with a reference took: `Profile smoke took 20 s (the slowest of 2 notebooks 12 s).`"""
+    said = []
+    for profile in PROFILES:
+        path = paths.PAPERS / slug / "reference" / f"{profile}.json"
+        if path.is_file():
+            times = load_metrics(path)["seconds"]
+            each = [seconds for stem, seconds in times.items() if stem != "total"]
+            slowest = f"the slowest of {len(each)} notebooks {duration(max(each))}" if each else "no notebook timed"
+            said.append(f"`{profile}` took {duration(times['total'])} ({slowest})")
+    return "From a warm environment " + ", ".join(said) + "."
 
 
 def update_readme() -> None:

@@ -95,7 +95,7 @@ class ForwardOnly:
             raise ValueError(f"amplitude must be finite and > 0, got {amplitude}")
         problem = self.problem
         if self.last_layer:
-            problem, queries = self._head, self.problem.featurise(queries)
+            problem, queries = problem.head(), problem.featurise(queries)
         if readout == "jvp":
             return problem.derivatives_along(queries, self.responses)
         problem.check(queries)
@@ -104,13 +104,9 @@ class ForwardOnly:
             return (ahead - problem.losses(queries)[:, None]) / amplitude
         return (ahead - _losses_at(problem, problem.theta - amplitude * self.responses, queries)) / (2 * amplitude)
 
-    @property
-    def _head(self) -> Problem:
-        return self.problem.head()
-
     def self_influence(self) -> Tensor:
         """Rise of each training example's own loss when it is removed: (n_train,)."""
-        member = self._head if self.last_layer else self.problem
+        member = self.problem.head() if self.last_layer else self.problem
         return (member.gradients(member.train) * self.responses).sum(1)
 
     def save(self, path: Path | str) -> None:

@@ -260,15 +260,13 @@ def _visits(recipe: Recipe, weights: Tensor, seeds: list[int]) -> tuple[list[Ten
 
 def _check(recipe: Recipe, examples: Examples, weights: Tensor, seeds: list[int]) -> tuple[Tensor, list[int]]:
     _check_examples(recipe, examples)
-    fractional = [seed for seed in seeds if int(seed) != seed]
-    if fractional:
-        raise ValueError(f"seeds must be whole numbers, got {fractional[0]}")
+    bad = [seed for seed in seeds if int(seed) != seed or not 0 <= seed < 2**32]
+    if bad:
+        raise ValueError(f"seeds must be whole numbers in 0..2^32-1, got {bad[0]}")
     seeds = [int(seed) for seed in seeds]
     if weights.ndim != 2 or weights.shape != (len(seeds), len(examples)) or not seeds:
         expected = f"({len(seeds)} seeds, {len(examples)} examples), 1 seed or more"
         raise ValueError(f"weights must be {expected}, got {tuple(weights.shape)}")
-    if any(not 0 <= seed < 2**32 for seed in seeds):
-        raise ValueError(f"seeds must lie in 0..2^32-1, got {next(s for s in seeds if not 0 <= s < 2**32)}")
     if weights.dtype == torch.bool:
         sizes = weights.sum(1)
         if int(sizes.min()) == 0:

@@ -268,7 +268,8 @@ def test_readme_block_prefers_the_largest_profile(papers):
         made = document({"digits/lds/x": entry(value)})
         (papers / "demo" / "reference" / f"{profile}.json").write_text(json.dumps(made))
     block = references.readme_block()
-    assert "Profile `laptop`, 2026-01-02, 2 cores of a cpu, 2 min 5 s." in block
+    assert "Profile `laptop`, 2026-01-02, 2 cores of a cpu. " in block
+    assert "`smoke` took 2 min 5 s (" in block and "`laptop` took 2 min 5 s (" in block
     assert "| It works | digits | 0.5 | 0.7 | holds |" in block
 
     paths.README.write_text("before\n<!-- claims:begin -->\nold\n<!-- claims:end -->\nafter\n")

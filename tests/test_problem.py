@@ -87,6 +87,7 @@ def test_from_module_copies_the_model_and_turns_dropout_off():
     problem = Problem.from_module(module, "cross_entropy", labelled(), weight_decay=0.1)
     assert problem.names == ("scale", "first.weight", "unused.weight", "unused.bias", "last.weight", "last.bias")
     assert problem.weight_decay == 0.1
+    assert module.training  # the caller's model is left as it was
     before = problem.losses(problem.train)
     assert torch.equal(before, problem.losses(problem.train))
     close(before, LOSSES["cross_entropy"](module.eval()(problem.train.inputs), problem.train.targets).detach())

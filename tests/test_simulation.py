@@ -227,7 +227,6 @@ def test_noise_that_is_not_shared_swamps_the_literal_response():
         responses = simulate_literal(recipe, problem, amplitude=0.05, **variants).responses
         return float((responses - expected).norm() / expected.norm())
 
-    print(error(), error(share_noise=False))
     assert error(share_noise=True) < 0.5
     assert error(share_noise=False) > 2.0
     assert error() == error(share_noise=True)

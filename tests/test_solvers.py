@@ -141,3 +141,22 @@ def test_unequal_scales_are_not_mistaken_for_a_singular_system():
     matrix = torch.diag(torch.tensor([1e6, 1.0, 1e-6]))
     found = solve_dense(matrix, torch.ones(1, 3), 0.0)
     torch.testing.assert_close(found, torch.tensor([[1e-6, 1.0, 1e6]]))
+
+
+@pytest.mark.parametrize("kind", ["zero", "ones in the null space", "indefinite", "low rank"])
+def test_large_systems_that_are_not_positive_definite_name_a_damping_that_is_enough(kind):
+    """Beyond 200 rows only the extreme eigenvalues are found, by iteration."""
+    half = torch.randn(30, 250, generator=generator(0), dtype=FLOAT64)
+    matrix = {
+        "zero": torch.zeros(250, 250, dtype=FLOAT64),
+        "ones in the null space": (half - half.mean(1, keepdim=True)).T @ (half - half.mean(1, keepdim=True)),
+        "indefinite": half[:, :30].new_zeros(250, 250).fill_diagonal_(1.0) - half.T @ half / 100,
+        "low rank": half.T @ half,
+    }[kind]
+    goals = torch.ones(1, 250, dtype=FLOAT64)
+    with pytest.raises(ValueError, match=r"damping 0.0 is not positive definite \(smallest eigenvalue") as caught:
+        solve_dense(matrix, goals, 0.0)
+    needed = float(re.search(r"above (\S+)", str(caught.value)).group(1))
+    exact_need = max(-float(torch.linalg.eigvalsh(matrix)[0]), 0.0)
+    assert needed == pytest.approx(exact_need, rel=0.01, abs=1e-9)
+    assert torch.isfinite(solve_dense(matrix, goals, 1.01 * needed + 1e-9)).all()

@@ -75,6 +75,7 @@ def test_impossible_recipes_are_refused(changes, message):
 
 def test_n_parameters_and_types():
     recipe = Recipe((4, 5, 3))
+    assert recipe.but(epochs=2) == replace(recipe, epochs=2)
     assert recipe.n_parameters == 5 * 5 + 6 * 3
     assert recipe.dtype == torch.float32
     assert replace(recipe, precision="float64").dtype == FLOAT64
@@ -411,9 +412,9 @@ ALL = torch.ones(1, N, dtype=torch.bool)
         (torch.full((N,), torch.nan), 0, r"weights must be finite, got nan at \[0, 0\]"),
         (torch.ones(N).index_fill(0, torch.tensor(4), torch.inf), 0, r"weights must be finite, got inf at \[0, 4\]"),
         (torch.zeros(N, dtype=torch.bool), 0, "subset 0 is empty"),
-        (torch.ones(N), -1, r"seeds must lie in 0..2\^32-1, got -1"),
+        (torch.ones(N), -1, r"seeds must be whole numbers in 0..2\^32-1, got -1"),
         (torch.ones(N), 2**32, "got 4294967296"),
-        (torch.ones(N), 1.5, r"seeds must be whole numbers, got 1.5"),
+        (torch.ones(N), 1.5, r"whole numbers in 0..2\^32-1, got 1.5"),
     ],
 )
 def test_impossible_weights_and_seeds_are_refused(function, weights, seed, message):

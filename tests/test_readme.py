@@ -1,0 +1,30 @@
+"""The README's code runs as printed, and its links lead somewhere."""
+
+import re
+
+import torch
+
+from tda_core import paths
+
+
+def test_ten_lines_attribute_a_model():
+    (snippet,) = re.findall(r"```python\n(.*?)```", paths.README.read_text(), re.DOTALL)
+    names: dict = {}
+    torch.manual_seed(0)
+    exec(snippet, names)
+    assert names["scores"].shape == (4, 200)
+    # a query that is itself a training example is its own proponent
+    assert all(int(i) in names["proponents"][i] for i in range(4))
+
+
+def test_links_and_pictures_exist():
+    targets = re.findall(r"\]\(([^)#]+)\)", paths.README.read_text())
+    assert any(target.endswith(".png") for target in targets)
+    missing = [t for t in targets if not t.startswith("http") and not (paths.ROOT / t).is_file()]
+    assert missing == []
+
+
+def test_layout_names_exist():
+    named = re.findall(r"`((?:tda_core|notebooks|papers)/[\w/.]+)`", paths.README.read_text())
+    assert len(named) > 5
+    assert [n for n in named if not (paths.ROOT / n).exists()] == []

@@ -1,0 +1,45 @@
+"""Speed measurements: what is timed, and that the comparison's models are the same kind of models."""
+
+import importlib.util
+import time
+
+import pytest
+import torch
+
+from tda_core import speed
+from tda_core.examples import Examples
+from tda_core.recipes import Recipe
+
+
+def test_seconds_takes_the_shortest():
+    pauses = iter([0.05, 0.0, 0.05])
+    assert speed.seconds(lambda: time.sleep(next(pauses)), 3) < 0.04
+    with pytest.raises(ValueError, match="repeats must be >= 1, got 0"):
+        speed.seconds(lambda: None, 0)
+
+
+def test_rates_of_every_implementation():
+    generator = torch.Generator().manual_seed(0)
+    data = Examples(torch.randn(40, 6, generator=generator), torch.arange(40) % 3)
+    threads = torch.get_num_threads()
+    rates = speed.retraining_rates(Recipe(layers=(6, 3), epochs=2, batch_size=10), data, n_loop=1)
+    expected = {"ensemble", "loop"} | ({"dattri"} if importlib.util.find_spec("dattri") else set())
+    assert set(rates) == expected
+    assert all(rate > 0 for rate in rates.values())
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.peers
+def test_dattri_retrains_the_number_asked(monkeypatch):
+    retrain = pytest.importorskip("dattri.model_util.retrain")
+    seen = []
+    original = retrain.retrain_lds
+
+    def watched(train_func, loader, folder, **options):
+        seen.append(options)
+        return original(train_func, loader, folder, **options)
+
+    monkeypatch.setattr(retrain, "retrain_lds", watched)
+    data = Examples(torch.randn(20, 4), torch.arange(20) % 2)
+    speed._retrain_with_dattri(Recipe(layers=(4, 2), epochs=1, batch_size=5), data, 3)
+    assert seen == [{"num_subsets": 3, "subset_ratio": 0.5, "seed": 0}]
