@@ -30,7 +30,8 @@ class QuerySide:
     """What is done to a query's gradient before the product with the train side.
 
     target: scalar that is differentiated. last_layer: use the head's gradient. projection: (k, seed) of
-    a random projection. damping, curvature: solve (H + damping I) x = g by conjugate gradients.
+    a random projection, drawn anew for each model. damping, curvature: solve (H + damping I) x = g by
+    conjugate gradients.
     times_error: multiply by dloss/doutput (regression TRAK).
     """
 
@@ -41,15 +42,16 @@ class QuerySide:
     curvature: str = "ggn"
     times_error: bool = False
 
-    def __call__(self, problem: Problem, queries: Examples) -> Tensor:
-        """(n_query, k) vectors."""
+    def __call__(self, problem: Problem, queries: Examples, number: int = 0) -> Tensor:
+        """(n_query, k) vectors of the model that is `number` in the attribution."""
         if self.last_layer:
             problem, queries = problem.head(), problem.featurise(queries)
         vectors = problem.gradients(queries, self.target)
         if self.times_error:
             vectors *= (problem.outputs(queries.inputs)[:, :1] - queries.targets[:, None]).detach()
         if self.projection:
-            vectors = vectors @ projection_matrix(problem.n_parameters, *self.projection, dtype=vectors.dtype)
+            k, seed = self.projection
+            vectors = vectors @ projection_matrix(problem.n_parameters, k, seed + number, dtype=vectors.dtype)
         if self.damping is not None:
             vectors = solve_curvature(problem, vectors, self.damping, self.curvature)
         return vectors
@@ -67,16 +69,16 @@ class Attribution:
         """Scores of every training example for every query: (n_query, n_train)."""
         self.problems[0].check(queries)
         total = torch.zeros(len(queries), len(self.train_sides[0]), dtype=self.train_sides[0].dtype)
-        for problem, train_side in zip(self.problems, self.train_sides, strict=True):
-            total += self.query_side(problem, queries) @ train_side.T
+        for number, (problem, train_side) in enumerate(zip(self.problems, self.train_sides, strict=True)):
+            total += self.query_side(problem, queries, number) @ train_side.T
         return total / len(self.problems)
 
     def self_influence(self, chunk_size: int = 500) -> Tensor:
         """Each training example's score for itself as query: (n_train,)."""
         total = torch.zeros(len(self.train_sides[0]), dtype=self.train_sides[0].dtype)
-        for problem, train_side in zip(self.problems, self.train_sides, strict=True):
+        for number, (problem, train_side) in enumerate(zip(self.problems, self.train_sides, strict=True)):
             for rows in torch.arange(len(train_side)).split(chunk_size):
-                total[rows] += (self.query_side(problem, problem.train[rows]) * train_side[rows]).sum(1)
+                total[rows] += (self.query_side(problem, problem.train[rows], number) * train_side[rows]).sum(1)
         return total / len(self.problems)
 
     def save(self, path: Path | str) -> None:
@@ -181,14 +183,14 @@ def trak(
     classifies = problems[0].train.is_classification
     target = "margin" if classifies else "output"
     sides = []
-    for member in problems:
+    for number, member in enumerate(problems):
         n = len(member.train)
         phi = member.gradients(member.train, target)
         if dimension is None:
             gram = phi @ phi.T / n
             weighted = solve_dense(gram, torch.eye(n, dtype=phi.dtype), damping) @ phi
         else:
-            phi = phi @ projection_matrix(member.n_parameters, dimension, seed, dtype=phi.dtype)
+            phi = phi @ projection_matrix(member.n_parameters, dimension, seed + number, dtype=phi.dtype)
             weighted = solve_dense(phi.T @ phi / n, phi, damping)
         # minus dloss/dmargin = 1 - p_y; for regression dloss/doutput, whose square is the loss effect
         with torch.no_grad():

@@ -106,8 +106,6 @@ class Problem:
     def unravel(self, theta: Tensor) -> dict[str, Tensor]:
         return {name: theta[self.offsets[name]].view(s) for name, s in zip(self.names, self.shapes, strict=True)}
 
-    # -- evaluation ---------------------------------------------------------------------------------
-
     def outputs(self, inputs: Tensor, theta: Tensor | None = None) -> Tensor:
         """Model outputs (logits for a classifier): (n, ...) -> (n, C), in theta's floating-point type."""
         theta = self.theta if theta is None else theta
@@ -185,8 +183,6 @@ class Problem:
         """The same examples with the last layer's features as inputs: what `head()` takes."""
         self.check(examples)
         return Examples(self.features(examples.inputs), examples.targets)
-
-    # -- derivatives --------------------------------------------------------------------------------
 
     def gradients(self, examples: Examples, target: str = "loss", *, chunk_size: int = 256) -> Tensor:
         """Gradient of each example's loss (or margin) in theta: (n, p)."""
@@ -274,8 +270,6 @@ class Problem:
             if size == 0:  # every output saturated: nothing to normalise
                 break
         return float(size)
-
-    # -- checks -------------------------------------------------------------------------------------
 
     def check(self, examples: Examples) -> None:
         """Raise ValueError where the examples do not fit the model: width, task or label range."""

@@ -209,7 +209,6 @@ def train_checkpoints(
 
 def evaluate(recipe: Recipe, theta: Tensor, queries: Examples) -> dict[str, Tensor]:
     """Losses (M, q), and for classifiers margins (M, q), of M models at once. theta: (M, p).
-
     Raises ValueError for wrong shapes and FloatingPointError for a loss that is NaN or infinite.
     """
     _check_examples(recipe, queries)

@@ -209,6 +209,15 @@ def test_projected_trak_is_the_explicit_formula(layers, damping, dimension):
     assert not np.allclose(trak(problem, damping, dimension=dimension, seed=4).scores(queries), expected)
 
 
+def test_every_model_has_a_projection_of_its_own():
+    problem = random_problem()
+    other = problem.at(problem.theta.flip(0))
+    alone = [trak(p, 0.5, dimension=4, seed=s).scores(QUERIES[3]) for p, s in ((problem, 7), (other, 8))]
+    together = trak([problem, other], 0.5, dimension=4, seed=7)
+    close(together.scores(QUERIES[3]), (alone[0] + alone[1]) / 2)
+    close(together.self_influence(), together.scores(problem.train).diagonal())
+
+
 def test_trak_averages_over_problems_and_a_wide_projection_tends_to_none():
     problem = random_problem()
     other = problem.at(problem.theta.flip(0))
