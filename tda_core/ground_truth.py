@@ -19,7 +19,8 @@ from tda_core.problem import Problem
 from tda_core.recipes import Recipe
 from tda_core.store import Store, fingerprint, load_tensors, save_tensors
 from tda_core.subsets import leave_one_out_masks
-from tda_core.training import evaluate, one_thread, train_many
+from tda_core.threads import one_thread
+from tda_core.training import evaluate, train_many
 
 # Full-batch steps of a warm retraining. Whether it has converged is measured in notebook 01, not assumed.
 WARM_STEPS = 400
@@ -134,12 +135,17 @@ def leave_one_out_warm(
     if recipe.n_parameters != problem.n_parameters:
         raise ValueError(f"the recipe has {recipe.n_parameters} parameters, the problem {problem.n_parameters}")
     n = len(problem.train)
+    largest = problem.largest_curvature()
+    if not largest > 0:
+        raise ValueError(
+            "the curvature at the trained parameters is 0: no step size follows from it (add weight decay)"
+        )
     full_batch = replace(
         recipe,
         batch_size=n,
         epochs=steps,
         schedule="linear",
-        learning_rate=1 / problem.largest_curvature(),
+        learning_rate=1 / largest,
         momentum=0.9,
         precision=warm_precision(recipe),
     )

@@ -1,7 +1,6 @@
 """A trained model, a per-example loss and its training set, as pure functions of the parameters.
 
-Every attribution method takes a `Problem` and nothing else. Parameters travel as one flat vector
-theta in R^p; a stack of parameter-space directions is a (k, p) matrix.
+Every attribution method takes a `Problem`. Parameters travel as a vector theta (p,), directions as rows (k, p).
 """
 
 import copy
@@ -93,9 +92,10 @@ class Problem:
 
     @cached_property
     def identity(self) -> dict[str, str]:
-        """Hashes of parameters and training data: what a saved method is checked against."""
-        theta = self.theta.detach().cpu().contiguous().numpy().tobytes()
-        return {"theta": hashlib.sha256(theta).hexdigest()[:16], "data": self.train.hash[:16]}
+        """Hashes of parameters and training data, and the objective: what a saved method is checked against."""
+        theta = hashlib.sha256(self.theta.detach().cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
+        objective = f"{getattr(self.loss, '__qualname__', 'loss')}, weight decay {self.weight_decay}"
+        return {"theta": theta, "data": self.train.hash[:16], "objective": objective}
 
     def check_identity(self, path: object, saved: dict[str, str]) -> None:
         """Raise ValueError where a file was made for another model or other data, naming both hashes."""

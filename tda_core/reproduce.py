@@ -6,6 +6,7 @@ tables and brings the site up to date. `./run_all.sh` calls this in the right en
 
 import argparse
 import contextlib
+import logging
 import signal
 import sys
 from collections.abc import Sequence
@@ -47,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (NotebookFailed, AlreadyRunning, ValueError, OSError) as error:
         return _complain(error, 1)
     except KeyboardInterrupt:
+        # the interrupted cell is an asyncio task that nobody asks for its error any more: pages of traceback
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         print("\nstopped; what had finished is kept, the same command goes on from there", file=sys.stderr)
         return 130
 

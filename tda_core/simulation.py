@@ -21,7 +21,8 @@ from tda_core.examples import Examples
 from tda_core.problem import Problem
 from tda_core.recipes import Recipe
 from tda_core.store import load_tensors, save_tensors
-from tda_core.training import one_thread, train_many
+from tda_core.threads import one_thread
+from tda_core.training import train_many
 
 READOUTS = ("jvp", "two_trajectory", "one_trajectory")
 

@@ -12,7 +12,8 @@ from tda_core.examples import Examples
 from tda_core.models import LOSSES, mlp
 from tda_core.recipes import Recipe
 from tda_core.subsets import random_subsets
-from tda_core.training import one_thread, train_loop, train_many
+from tda_core.threads import one_thread
+from tda_core.training import train_loop, train_many
 
 
 def seconds(function: Callable[[], Any], repeats: int = 3) -> float:

@@ -7,7 +7,6 @@ reference: one model, autograd, `torch.optim.SGD`, same random numbers.
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
@@ -19,6 +18,10 @@ from tda_core.problem import Problem
 from tda_core.recipes import PRECISIONS, Recipe, epoch_orders, initial_parameters
 
 # -- the plain reference ----------------------------------------------------------------------------
+
+
+# A weight beyond this has diverged, though it may never reach infinity: a softmax's gradient is bounded.
+LARGEST_WEIGHT = 1e4
 
 
 def train_loop(recipe: Recipe, examples: Examples, weights: Tensor, seed: int, initial: Tensor | None = None) -> Tensor:
@@ -209,6 +212,7 @@ def train_checkpoints(
 
 def evaluate(recipe: Recipe, theta: Tensor, queries: Examples) -> dict[str, Tensor]:
     """Losses (M, q), and for classifiers margins (M, q), of M models at once. theta: (M, p).
+
     Raises ValueError for wrong shapes and FloatingPointError for a loss that is NaN or infinite.
     """
     _check_examples(recipe, queries)
@@ -229,17 +233,6 @@ def evaluate(recipe: Recipe, theta: Tensor, queries: Examples) -> dict[str, Tens
     if queries.is_classification:
         measured["margins"] = margin(flat, targets).view(m, q)
     return measured
-
-
-@contextmanager
-def one_thread():
-    """One torch thread: blocks run side by side, and sums come out equal on any number of cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # -- checks -----------------------------------------------------------------------------------------
@@ -291,10 +284,11 @@ def _check_examples(recipe: Recipe, examples: Examples) -> None:
 
 
 def _check_finite(theta: Tensor, recipe: Recipe) -> Tensor:
-    bad = (~torch.isfinite(theta)).any(1).nonzero()
+    # NaN compares false, so it counts as too large as well
+    bad = (~(theta.abs() <= LARGEST_WEIGHT)).any(1).nonzero()
     if len(bad):
         raise FloatingPointError(
-            f"training diverged (model {int(bad[0])} of {len(theta)} holds NaN or infinity): "
-            f"lower learning_rate={recipe.learning_rate} or momentum={recipe.momentum}"
+            f"training diverged (model {int(bad[0])} of {len(theta)} holds NaN or a weight beyond {LARGEST_WEIGHT:g}): "
+            f"lower learning_rate={recipe.learning_rate} or momentum={recipe.momentum}, or standardise the data"
         )
     return theta

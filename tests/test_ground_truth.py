@@ -360,3 +360,12 @@ def test_blocks_and_evaluation_agree_with_training_directly():
     for name, value in expected.items():
         close(block[name], value)
     assert block["losses"].dtype == FLOAT64
+
+
+def test_warm_leave_one_out_of_a_saturated_model_is_refused():
+    recipe = replace(RECIPE, weight_decay=0.0)
+    problem = train(recipe, TRAIN, 0)
+    flat = problem.at(torch.zeros_like(problem.theta))
+    flat = replace(flat, loss=lambda outputs, targets: 0 * outputs[:, 0])
+    with pytest.raises(ValueError, match="curvature at the trained parameters is 0"):
+        leave_one_out_warm(recipe, flat, [0], ASKED, **QUIET)

@@ -309,6 +309,10 @@ def test_identity_names_parameters_and_data():
     moved = problem.at(problem.theta * (1 + 1e-15))
     assert moved.identity["theta"] != problem.identity["theta"]
     assert moved.identity["data"] == problem.identity["data"] == problem.train.hash[:16]
+    decayed = replace(problem, weight_decay=problem.weight_decay + 0.5)
+    assert decayed.identity["theta"] == problem.identity["theta"]
+    with pytest.raises(ValueError, match=r"file was made for objective .*but this problem has objective"):
+        decayed.check_identity("file", problem.identity)
     problem.check_identity("file", dict(problem.identity))
     both = f"file was made for theta {moved.identity['theta']}.*{problem.identity['theta']}"
     with pytest.raises(ValueError, match=both):

@@ -11,7 +11,8 @@ from toys import FLOAT64, continuous, labelled
 
 from tda_core.examples import Examples
 from tda_core.recipes import Recipe, epoch_orders, initial_parameters, standard_recipe
-from tda_core.training import evaluate, one_thread, train, train_checkpoints, train_epochs, train_loop, train_many
+from tda_core.threads import one_thread
+from tda_core.training import evaluate, train, train_checkpoints, train_epochs, train_loop, train_many
 
 N = 17  # not a multiple of the batch size: the last batch is a partial one
 SEEDS = [3, 0, 11]
@@ -499,8 +500,15 @@ def test_one_model_that_diverges_is_named():
     recipe, data = recipe_for("squared_error", ()), data_for("squared_error")
     initial = torch.zeros(3, recipe.n_parameters, dtype=FLOAT64)
     initial[1] = 1e308
-    with pytest.raises(FloatingPointError, match="model 1 of 3 holds NaN or infinity"):
-        train_many(replace(recipe, learning_rate=10.0), data, ALL.repeat(3, 1), [0, 1, 2], initial)
+    with pytest.raises(FloatingPointError, match="model 1 of 3 holds NaN or a weight beyond"):
+        train_many(replace(recipe, learning_rate=0.01), data, ALL.repeat(3, 1), [0, 1, 2], initial)
+
+
+def test_divergence_that_stays_finite_is_noticed():
+    """A softmax's gradient is bounded, so its weights grow and never reach infinity."""
+    recipe = recipe_for("cross_entropy", learning_rate=1e6)
+    with pytest.raises(FloatingPointError, match=r"a weight beyond 10000\): lower learning_rate=1000000.0"):
+        train_many(recipe, data_for("cross_entropy"), ALL, [0])
 
 
 def test_a_loss_that_is_not_finite_is_never_a_result():
