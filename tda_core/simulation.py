@@ -11,6 +11,7 @@ import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import joblib
 import torch
 from torch import Tensor
 from torch.func import vmap
@@ -58,19 +59,24 @@ def simulate_literal(recipe: Recipe, problem: Problem, *, amplitude: float = 1.0
     up = torch.zeros_like(down) if variants["one_sided"] else -down
     first = variants["seed"]
     seeds = [[first] * n] * 2 if variants["share_noise"] else [range(first, first + n), range(first + n, first + 2 * n)]
-    ends = []
-    with one_thread():
-        for shift, of_run in zip((up, down), seeds, strict=True):
-            blocks = torch.arange(n).split(recipe.models_per_block)
-            ends.append(
-                torch.cat([
-                    train_many(recipe, problem.train, 1 + shift[rows], [of_run[i] for i in rows], problem.theta)
-                    for rows in tqdm(blocks, desc="literal runs", leave=False)
-                ])
-            )  # fmt: skip
+    blocks = torch.arange(n).split(recipe.models_per_block)
+    jobs = [
+        joblib.delayed(_end_points)(recipe, problem.train, problem.theta, 1 + shift[rows], [of_run[i] for i in rows])
+        for shift, of_run in zip((up, down), seeds, strict=True)
+        for rows in blocks
+    ]
+    # a few blocks are done here before worker processes have started
+    results = joblib.Parallel(n_jobs=-1 if len(jobs) > 4 else 1, return_as="generator")(jobs)
+    ends = torch.cat(list(tqdm(results, total=len(jobs), desc="literal runs", leave=False))).view(2, n, -1)
     sides = 1 if variants["one_sided"] else 2
     response = (ends[1] - ends[0]) / (sides * amplitude)
     return ForwardOnly(problem, response, Dynamics(horizon=recipe.epochs, damping=0.0))
+
+
+def _end_points(recipe: Recipe, data: Examples, start: Tensor, weights: Tensor, seeds: list[int]) -> Tensor:
+    """Where the runs end that begin at `start`: (M, p)."""
+    with one_thread():
+        return train_many(recipe, data, weights, seeds, start)
 
 
 @dataclass(frozen=True, eq=False)
