@@ -70,15 +70,24 @@ def heavy_ball(smallest: float, largest: float) -> tuple[float, float]:
     return 4 / (low + high) ** 2, ((high - low) / (high + low)) ** 2
 
 
-def trajectory(problem: Problem, dynamics: Dynamics) -> Iterator[Tensor]:
+def pushes(problem: Problem, examples: Examples | None = None) -> Tensor:
+    """What removing each example adds to the training objective's gradient, negated: g_b / n_train, (n, p).
+
+    examples: default the training set. n_train is the problem's in any case.
+    """
+    return problem.gradients(problem.train if examples is None else examples) / len(problem.train)
+
+
+def trajectory(problem: Problem, dynamics: Dynamics, push: Tensor | None = None) -> Iterator[Tensor]:
     """The responses (n, p) after each step 1..T, averaged over the tail where `tail` asks for it.
 
-    The tensor given is overwritten by the next step, unless the tail average has begun.
+    push: (n, p) what pulls each response; default `pushes(problem)`, all training examples one by one. Rows do
+    not touch each other, so blocks of rows give what all together give. The tensor given is overwritten by
+    the next step, unless the tail average has begun.
     Raises ValueError for an unstable rate and FloatingPointError when a run diverges (mini-batches, or a
     curvature that is not positive).
     """
-    n = len(problem.train)
-    push = problem.gradients(problem.train) / n
+    push = pushes(problem) if push is None else push
     if dynamics.momentum == "adaptive":
         steps = conjugate_gradients(lambda v: _damped_product(problem, dynamics, v), push)
         yield from (response for _, (response, _) in zip(range(dynamics.horizon), steps, strict=False))
@@ -89,7 +98,7 @@ def trajectory(problem: Problem, dynamics: Dynamics) -> Iterator[Tensor]:
     response, velocity = torch.zeros_like(push), torch.zeros_like(push)
     tail_start = dynamics.horizon - max(1, round(dynamics.tail * dynamics.horizon))
     average = torch.zeros_like(push) if dynamics.tail else None
-    batches = _batches(n, dynamics)
+    batches = _batches(len(problem.train), dynamics)
     for step in range(dynamics.horizon):
         curved = _damped_product(problem, dynamics, response, next(batches)) if step else torch.zeros_like(push)
         velocity.mul_(dynamics.momentum).sub_(curved.sub_(push), alpha=rate)

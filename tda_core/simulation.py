@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.func import vmap
 from tqdm.auto import tqdm
 
-from tda_core.dynamics import Dynamics, trajectory
+from tda_core.dynamics import Dynamics, pushes, trajectory
 from tda_core.examples import Examples
 from tda_core.problem import Problem
 from tda_core.recipes import Recipe
@@ -28,17 +28,43 @@ from tda_core.training import train_many
 READOUTS = ("jvp", "two_trajectory", "one_trajectory")
 
 
-def simulate(problem: Problem, dynamics: Dynamics, *, last_layer: bool = False) -> "ForwardOnly":
-    """Simulate the responses to removing each training example, all together.
+def simulate(
+    problem: Problem, dynamics: Dynamics, *, last_layer: bool = False, groups: Tensor | None = None
+) -> "ForwardOnly":
+    """Simulate the responses to removing each training example, or each group of them, all together.
 
     last_layer: respond with the last linear layer's parameters only, the layers below frozen: a query then
-    costs one forward pass. Raises ValueError for a rate past the stability limit, naming it.
+    costs one forward pass. groups: (n,) int64, the group (a source, a publisher) of each training example, 0
+    to the highest; the units of the scores are then the groups, and a group is removed as one.
+    Raises ValueError for a rate past the stability limit, naming it, and for groups of another length.
     """
     member = problem.head() if last_layer else problem
-    for step, response in enumerate(tqdm(trajectory(member, dynamics), total=dynamics.horizon, desc="simulating")):
-        if step == dynamics.horizon - 1:
-            return ForwardOnly(problem, response, dynamics, last_layer)
-    raise AssertionError("a horizon of 1 or more always gives a response")
+    push = pushes(member)
+    if groups is not None:
+        push = sum_groups(push, groups)
+    return ForwardOnly(problem, last_response(member, dynamics, push), dynamics, last_layer)
+
+
+def last_response(problem: Problem, dynamics: Dynamics, push: Tensor, *, progress: bool = True) -> Tensor:
+    """The responses (n, p) at the end of the trajectory that `push` (n, p) drives."""
+    steps = trajectory(problem, dynamics, push)
+    for response in tqdm(steps, total=dynamics.horizon, desc="simulating", disable=not progress):
+        final = response
+    return final
+
+
+def sum_groups(rows: Tensor, groups: Tensor) -> Tensor:
+    """Sums of rows that share a group: (n, p), (n,) int64 -> (n_groups, p), groups 0 to the highest.
+
+    Raises ValueError where groups are not n whole numbers from 0 on, or a number in between is missing.
+    """
+    if groups.dtype != torch.int64 or groups.shape != (len(rows),):
+        raise ValueError(f"groups must be {len(rows)} int64 numbers, got {groups.dtype} of shape {tuple(groups.shape)}")
+    counts = torch.bincount(groups.clamp_min(0))
+    if int(groups.min()) < 0 or bool((counts == 0).any()):
+        empty = int(groups.min()) if int(groups.min()) < 0 else int((counts == 0).nonzero()[0])
+        raise ValueError(f"groups must be numbered 0 to {len(counts) - 1} without gaps, but look at {empty}")
+    return torch.zeros(len(counts), rows.shape[1], dtype=rows.dtype).index_add_(0, groups, rows)
 
 
 def simulate_literal(recipe: Recipe, problem: Problem, *, amplitude: float = 1.0, **variants) -> "ForwardOnly":
@@ -81,7 +107,7 @@ def _end_points(recipe: Recipe, data: Examples, start: Tensor, weights: Tensor, 
 
 @dataclass(frozen=True, eq=False)
 class ForwardOnly:
-    """Stored responses (n, p) to removing each training example, and their readouts."""
+    """Stored responses (n, p) to removing each training example (or group), and their readouts."""
 
     problem: Problem
     responses: Tensor
@@ -112,8 +138,10 @@ class ForwardOnly:
         return (ahead - _losses_at(problem, problem.theta - amplitude * self.responses, queries)) / (2 * amplitude)
 
     def self_influence(self) -> Tensor:
-        """Rise of each training example's own loss when it is removed: (n_train,)."""
+        """Rise of each training example's own loss when it is removed: (n_train,). ValueError for groups."""
         member = self.problem.head() if self.last_layer else self.problem
+        if len(self.responses) != len(member.train):
+            raise ValueError(f"self-influence is of single examples, but these are {len(self.responses)} groups")
         return (member.gradients(member.train) * self.responses).sum(1)
 
     def save(self, path: Path | str) -> None:
