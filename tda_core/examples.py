@@ -1,6 +1,7 @@
 """Labelled examples: the one form in which training sets and queries travel."""
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -59,8 +60,13 @@ class Examples:
     @property
     def hash(self) -> str:
         """SHA-256 of contents, shapes and types: what cached results are keyed by."""
-        digest = hashlib.sha256()
-        for value in (self.inputs, self.targets):
-            digest.update(f"{tuple(value.shape)} {value.dtype}".encode())
-            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return hash_of((self.inputs, self.targets))
+
+
+def hash_of(tensors: Iterable[Tensor]) -> str:
+    """SHA-256 (hex) of tensors' contents, shapes and types, in order."""
+    digest = hashlib.sha256()
+    for value in tensors:
+        digest.update(f"{tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -90,7 +90,7 @@ class LayerProbe:
     @cached_property
     def layers(self) -> dict[str, nn.Linear]:
         """The linear layers by name, in the order of their parameters in theta."""
-        return {name: layer for name, layer in self._module.named_modules() if isinstance(layer, nn.Linear)}
+        return {name: self._module.get_submodule(name) for name, _ in _linear(self.problem.module)}
 
     @cached_property
     def slices(self) -> dict[str, slice]:
@@ -157,7 +157,7 @@ class LayerProbe:
     @classmethod
     def restore(cls, problem: Problem, tensors: dict[str, Tensor]) -> "LayerProbe":
         """The probe whose `tensors()` these are."""
-        names = _linear_names(problem)
+        names = [name for name, _ in _linear(problem.module)]
         return cls(problem, {name: (tensors.get(f"{name}/A"), tensors.get(f"{name}/B")) for name in names})
 
     def _theta_slice(self, layer: str, parameter: str) -> slice:
@@ -230,9 +230,8 @@ class LayerProbe:
 
 
 def has_linear_layers_only(problem: Problem) -> bool:
-    """Whether all parameters that theta holds lie in `nn.Linear` layers, none of them shared."""
-    linear = [(n, layer) for n, layer in problem.module.named_modules() if isinstance(layer, nn.Linear)]
-    owned = {f"{name}.{kind}".lstrip(".") for name, layer in linear for kind, _ in layer.named_parameters()}
+    """Whether the parameters that theta holds are those of whole `nn.Linear` layers, none of them shared."""
+    owned = {f"{name}.{kind}".lstrip(".") for name, layer in _linear(problem.module) for kind in _kinds(layer)}
     return set(problem.names) == owned
 
 
@@ -243,7 +242,7 @@ def layer_probe(problem: Problem, examples: Examples, energy: float = 0.99) -> L
     """
     if not 0 < energy <= 1:
         raise ValueError(f"energy must lie in (0, 1], got {energy}")
-    whole = LayerProbe(problem, dict.fromkeys(_linear_names(problem), (None, None)))
+    whole = LayerProbe(problem, {name: (None, None) for name, _ in _linear(problem.module)})
     if energy == 1:
         return whole
     moments: dict[str, list[Tensor]] = {}
@@ -260,8 +259,14 @@ def layer_probe(problem: Problem, examples: Examples, energy: float = 0.99) -> L
     return LayerProbe(problem, factors)
 
 
-def _linear_names(problem: Problem) -> list[str]:
-    return [name for name, layer in problem.module.named_modules() if isinstance(layer, nn.Linear)]
+def _linear(module: nn.Module) -> list[tuple[str, nn.Linear]]:
+    """The linear layers that are not frozen, by name."""
+    found = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+    return [(name, layer) for name, layer in found if any(value.requires_grad for value in layer.parameters())]
+
+
+def _kinds(layer: nn.Linear) -> list[str]:
+    return [kind for kind, _ in layer.named_parameters()]
 
 
 def _leading(moment: Tensor, energy: float) -> Tensor | None:

@@ -4,7 +4,6 @@ Every attribution method takes a `Problem`. Parameters travel as a vector theta 
 """
 
 import copy
-import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp, vmap
 
-from tda_core.examples import Examples
+from tda_core.examples import Examples, hash_of
 from tda_core.models import LOSSES, margin
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -28,7 +27,8 @@ CHUNK_FLOATS = 2**22
 class Problem:
     """A model at its trained parameters, with the loss and the examples that it was trained on.
 
-    module: evaluated through `torch.func.functional_call`, never changed. theta: (p,) parameters.
+    module: evaluated through `torch.func.functional_call`, never changed. theta: (p,) its parameters that require
+    a gradient, in order; frozen ones are constants, so the last blocks of a large model can be a problem.
     loss: (outputs (n, C), targets (n,)) -> (n,). train: the training set. weight_decay: the lambda of
     a lambda/2 ||theta||^2 term in the training objective, so that curvature includes it.
     Raises ValueError where theta has the wrong length or is not finite, or labels are out of range.
@@ -43,7 +43,7 @@ class Problem:
     shapes: tuple[torch.Size, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        named = dict(self.module.named_parameters())
+        named = {name: value for name, value in self.module.named_parameters() if value.requires_grad}
         object.__setattr__(self, "names", tuple(named))
         object.__setattr__(self, "shapes", tuple(value.shape for value in named.values()))
         expected = sum(shape.numel() for shape in self.shapes)
@@ -70,7 +70,10 @@ class Problem:
                 raise ValueError(f"loss {loss!r} does not fit targets of type {train.targets.dtype}")
             loss = LOSSES[loss]
         module = copy.deepcopy(module).eval()
-        theta = torch.cat([value.detach().flatten() for value in module.parameters()])
+        trained = [value.detach().flatten() for value in module.parameters() if value.requires_grad]
+        if not trained:
+            raise ValueError("no parameter of this module requires a gradient: there is nothing to attribute to")
+        theta = torch.cat(trained)
         return cls(module, theta, loss, train, weight_decay)
 
     def at(self, theta: Tensor) -> "Problem":
@@ -92,10 +95,10 @@ class Problem:
 
     @cached_property
     def identity(self) -> dict[str, str]:
-        """Hashes of parameters and training data, and the objective: what a saved method is checked against."""
-        theta = hashlib.sha256(self.theta.detach().cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
+        """Hashes of theta (constants included) and data, and the objective: what files are checked by."""
+        constants = [value for name, value in self.module.state_dict().items() if name not in self.offsets]
         objective = f"{getattr(self.loss, '__qualname__', 'loss')}, weight decay {self.weight_decay}"
-        return {"theta": theta, "data": self.train.hash[:16], "objective": objective}
+        return {"theta": hash_of([self.theta, *constants])[:16], "data": self.train.hash[:16], "objective": objective}
 
     def check_identity(self, path: object, saved: dict[str, str]) -> None:
         """Raise ValueError where a file was made for another model or other data, naming both hashes."""
@@ -170,7 +173,9 @@ class Problem:
     @cached_property
     def _head(self) -> "Problem":
         layer = dict(self.module.named_modules())[self.last_layer]
-        names = [f"{self.last_layer}.{name}".lstrip(".") for name, _ in layer.named_parameters()]
+        names = [f"{self.last_layer}.{name}".lstrip(".") for name, v in layer.named_parameters() if v.requires_grad]
+        if not names:
+            raise ValueError(f"the last linear layer {self.last_layer!r} is frozen: it has nothing to attribute to")
         theta = torch.cat([self.theta[self.offsets[name]] for name in names])
         head = Problem(layer, theta, self.loss, self.featurise(self.train), self.weight_decay)
         with torch.no_grad():
@@ -207,13 +212,6 @@ class Problem:
         along = vmap(lambda v: jvp(value, (self.theta,), (v,))[1], chunk_size=self._chunk(len(examples)))
         with torch.no_grad():
             return along(directions).T
-
-    def mean_gradient(self, theta: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
-        """Gradient of the training objective (mean loss plus weight decay) at theta: (p,)."""
-        theta = self.theta if theta is None else theta
-        batch = self.train if rows is None else self.train[rows]
-        mean = grad(lambda t: self.loss(self.outputs(batch.inputs, t), batch.targets).mean())(theta)
-        return mean.detach() + self.weight_decay * theta
 
     def curvature_product(self, vectors: Tensor, kind: str = "ggn", rows: Tensor | None = None) -> Tensor:
         """(H + weight_decay I) v for every row v: (k, p) -> (k, p); H is a mean over training examples.

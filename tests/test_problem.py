@@ -1,11 +1,13 @@
 """Problem: every derivative against autograd, finite differences or an explicit formula, in float64."""
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from toys import FLOAT64, Branching, continuous, generator, labelled, random_problem
 
 from tda_core import problem as problem_module
@@ -208,12 +210,33 @@ def test_derivatives_along_directions_are_products_with_gradients_and_finite_dif
 
 
 @networks
-def test_mean_gradient_is_that_of_the_training_objective(layers, activation):
-    problem = random_problem(layers, activation, weight_decay=0.3)
-    close(problem.mean_gradient(), problem.gradients(problem.train).mean(0) + 0.3 * problem.theta)
-    rows, theta = torch.tensor([1, 4, 4]), directions(problem, 1)[0]
-    expected = problem.at(theta).gradients(problem.train[rows]).mean(0) + 0.3 * theta
-    close(problem.mean_gradient(theta, rows), expected)
+def test_frozen_parameters_are_constants_and_the_others_keep_their_gradients(layers, activation):
+    whole = random_problem(layers, activation)
+    module = copy.deepcopy(whole.module)
+    nn.utils.vector_to_parameters(whole.theta, module.parameters())
+    first = next(iter(dict(module.named_parameters())))
+    dict(module.named_parameters())[first].requires_grad_(False)
+    part = Problem.from_module(module, whole.loss, whole.train)
+    rest = torch.ones(whole.n_parameters, dtype=torch.bool)
+    rest[whole.offsets[first]] = False
+    assert part.names == whole.names[1:]
+    close(part.theta, whole.theta[rest])
+    close(part.gradients(part.train), whole.gradients(whole.train)[:, rest])
+    close(part.outputs(part.train.inputs), whole.outputs(whole.train.inputs))
+    other = copy.deepcopy(module)
+    with torch.no_grad():
+        dict(other.named_parameters())[first].add_(1e-3)
+    assert Problem.from_module(other, whole.loss, whole.train).identity["theta"] != part.identity["theta"]
+
+
+def test_a_module_without_anything_to_attribute_to_is_refused():
+    frozen = nn.Linear(3, 2).requires_grad_(False)
+    train = Examples(torch.randn(4, 3), torch.tensor([0, 1, 0, 1]))
+    with pytest.raises(ValueError, match="no parameter of this module requires a gradient"):
+        Problem.from_module(frozen, "cross_entropy", train)
+    head_frozen = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), frozen)
+    with pytest.raises(ValueError, match="the last linear layer '2' is frozen"):
+        Problem.from_module(head_frozen, "cross_entropy", train).head()
 
 
 # -- curvature --------------------------------------------------------------------------------------
