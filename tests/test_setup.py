@@ -19,11 +19,9 @@ PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "requirements.txt").read_t
 
 
 def ranges() -> dict[str, SpecifierSet]:
-    """What pyproject.toml asks of the library, of running notebooks and of the tests."""
-    texts = (
-        PROJECT["dependencies"] + PROJECT["optional-dependencies"]["site"] + PROJECT["optional-dependencies"]["test"]
-    )
-    found = [Requirement(text) for text in texts]
+    """What pyproject.toml asks of the library, of running notebooks, of the tests and of comparisons with peers."""
+    extras = PROJECT["optional-dependencies"]
+    found = [Requirement(text) for text in PROJECT["dependencies"] + extras["site"] + extras["test"] + extras["peers"]]
     return {canonicalize_name(requirement.name): requirement.specifier for requirement in found}
 
 
