@@ -1,0 +1,82 @@
+"""A small causal transformer in plain linear layers, and its last blocks as a module of their own.
+
+Pre-norm without norm parameters, so that all trained parameters of a block lie in four `nn.Linear` layers. Attention
+is written out: forward-mode derivatives do not go through the fused kernels.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Block(nn.Module):
+    """Causal self-attention and a feed-forward layer, each added to its input: (n, T, d) -> (n, T, d).
+
+    Raises ValueError where heads do not divide the width.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"heads must divide the width, got {heads} heads and width {width}")
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.mix = nn.Linear(width, width, bias=False)
+        self.up = nn.Linear(width, 4 * width, bias=False)
+        self.down = nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mix(self._attend(self.qkv(_normalised(x))))
+        return x + self.down(F.gelu(self.up(_normalised(x))))
+
+    def _attend(self, qkv: Tensor) -> Tensor:
+        n, length, _ = qkv.shape
+        q, k, v = qkv.view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (n, heads, T, d / heads) each
+        allowed = torch.ones(length, length, dtype=torch.bool, device=qkv.device).tril()
+        weights = (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).masked_fill(~allowed, -torch.inf).softmax(-1)
+        return (weights @ v).transpose(1, 2).reshape(n, length, -1)
+
+
+class Transformer(nn.Module):
+    """A causal language model: tokens (n, T) int64 -> logits of the next token at every position (n, T, V)."""
+
+    def __init__(self, vocabulary: int, width: int, blocks: int, heads: int, length: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.position = nn.Parameter(torch.randn(length, width) / width**0.5)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(blocks))
+        self.head = nn.Linear(width, vocabulary, bias=False)
+
+    def hidden(self, tokens: Tensor, blocks: int) -> Tensor:
+        """What the first `blocks` blocks make of the tokens: (n, T) -> (n, T, d)."""
+        x = self.embedding(tokens) + self.position[: tokens.shape[1]]
+        for block in self.blocks[:blocks]:
+            x = block(x)
+        return x
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(_normalised(self.hidden(tokens, len(self.blocks))))
+
+
+class LastBlocks(nn.Module):
+    """A transformer's last blocks and frozen head: hidden states (n, T, d) -> the last position's logits (n, V).
+
+    Attribution to these blocks alone takes the hidden states that flow into them as inputs, computed once.
+    Raises ValueError for a number of blocks that the model does not have.
+    """
+
+    def __init__(self, model: Transformer, n_blocks: int) -> None:
+        super().__init__()
+        if not 1 <= n_blocks <= len(model.blocks):
+            raise ValueError(f"n_blocks must lie in 1..{len(model.blocks)}, got {n_blocks}")
+        self.blocks = model.blocks[len(model.blocks) - n_blocks :]
+        self.head = model.head.requires_grad_(False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        for block in self.blocks:
+            hidden = block(hidden)
+        return self.head(_normalised(hidden[:, -1]))
+
+
+def _normalised(x: Tensor) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:])
