@@ -30,11 +30,23 @@ MODEL_SEED = 1000
 
 @dataclass(frozen=True, eq=False)
 class Tuned:
-    """The outcome of a search: the chosen setting, each setting's validation LDS, the method fitted with it."""
+    """The outcome of a search: the chosen setting, each setting's validation LDS, the method fitted with it.
+
+    tried: all settings of the search, those left out of `validation` because they failed among them.
+    """
 
     setting: float
     validation: dict[float, Estimate]
     method: Any
+    tried: tuple[float, ...]
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether the chosen setting is the smallest or the largest tried, so that one beyond may be better.
+
+        A setting of 0 is no edge: no damping lies below it.
+        """
+        return self.setting == max(self.tried) or self.setting == min(self.tried) != 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,8 +112,7 @@ class Bench:
         A setting with which `fit` or its scores raise ValueError (a singular system) is left out; if all do,
         the last error is raised.
         """
-        if not len(settings):
-            raise ValueError("tune needs at least one setting, got none")
+        _expect_some(settings)
         fitted, table, failure = {}, {}, None
         for setting in settings:
             try:
@@ -111,8 +122,31 @@ class Bench:
                 failure = error
                 continue
             fitted[setting] = method
-            table[setting] = lds(scores, self.validation.masks, self.validation.outcomes)
+            table[setting] = self._validation_lds(scores)
         if failure is not None and not table:
             raise failure
-        best = max(table, key=lambda setting: table[setting].value)
-        return Tuned(best, table, fitted[best])
+        best = _highest(table)
+        return Tuned(best, table, fitted[best], tuple(settings))
+
+    def tune_family(self, family: Any, dampings: Sequence[float]) -> Tuned:
+        """`tune` for a method whose dampings share work, such as `gradients.InfluenceFamily`.
+
+        family: has scores(queries, dampings) -> {damping: scores} without those that failed, and at(damping).
+        """
+        _expect_some(dampings)
+        scores = family.scores(self.data.validation, dampings)
+        table = {damping: self._validation_lds(of_damping) for damping, of_damping in scores.items()}
+        best = _highest(table)
+        return Tuned(best, table, family.at(best), tuple(dampings))
+
+    def _validation_lds(self, scores: Tensor) -> Estimate:
+        return lds(scores, self.validation.masks, self.validation.outcomes)
+
+
+def _expect_some(settings: Sequence[float]) -> None:
+    if not len(settings):
+        raise ValueError("tune needs at least one setting, got none")
+
+
+def _highest(table: dict[float, Estimate]) -> float:
+    return max(table, key=lambda setting: table[setting].value)

@@ -3,105 +3,26 @@
 All give an `Attribution`: scores(q, b) = <query side of q, train side of b>, summed over checkpoints.
 A positive score means that training on b lowers q's loss. Influence scores are in the units of the
 loss: the first-order increase of q's loss when b is removed from the mean over n examples.
+
+A family is a method of one model whose damping is left open: at(damping) is the method, scores(queries,
+dampings) gives {damping: scores} with the work that dampings share done once.
 """
 
-import functools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
+from tda_core.attribution import Attribution, QuerySide, solve_dampings
 from tda_core.examples import Examples
 from tda_core.problem import Problem
-from tda_core.solvers import conjugate_gradients, solve_dense
-from tda_core.store import load_tensors, save_tensors
+from tda_core.solvers import NotPositiveDefinite, solve_dense
 
 # Above this many parameters the curvature is not built as a matrix (4 p^2 bytes) but applied.
 DENSE_LIMIT = 12_000
-
-
-@dataclass(frozen=True)
-class QuerySide:
-    """What is done to a query's gradient before the product with the train side.
-
-    target: scalar that is differentiated. last_layer: use the head's gradient. projection: (k, seed) of
-    a random projection, drawn anew for each model. damping, curvature: solve (H + damping I) x = g by
-    conjugate gradients.
-    times_error: multiply by dloss/doutput (regression TRAK).
-    """
-
-    target: str = "loss"
-    last_layer: bool = False
-    projection: tuple[int, int] | None = None
-    damping: float | None = None
-    curvature: str = "ggn"
-    times_error: bool = False
-
-    def __call__(self, problem: Problem, queries: Examples, number: int = 0) -> Tensor:
-        """(n_query, k) vectors of the model that is `number` in the attribution."""
-        if self.last_layer:
-            problem, queries = problem.head(), problem.featurise(queries)
-        vectors = problem.gradients(queries, self.target)
-        if self.times_error:
-            vectors *= (problem.outputs(queries.inputs)[:, :1] - queries.targets[:, None]).detach()
-        if self.projection:
-            k, seed = self.projection
-            vectors = vectors @ projection_matrix(problem.n_parameters, k, seed + number, dtype=vectors.dtype)
-        if self.damping is not None:
-            vectors = solve_curvature(problem, vectors, self.damping, self.curvature)
-        return vectors
-
-
-@dataclass(frozen=True, eq=False)
-class Attribution:
-    """A fitted gradient method: one train side (n, k) per checkpoint and the rule for queries."""
-
-    problems: tuple[Problem, ...]
-    train_sides: tuple[Tensor, ...]
-    query_side: QuerySide
-
-    def scores(self, queries: Examples) -> Tensor:
-        """Scores of every training example for every query: (n_query, n_train)."""
-        self.problems[0].check(queries)
-        total = torch.zeros(len(queries), len(self.train_sides[0]), dtype=self.train_sides[0].dtype)
-        for number, (problem, train_side) in enumerate(zip(self.problems, self.train_sides, strict=True)):
-            total += self.query_side(problem, queries, number) @ train_side.T
-        return total / len(self.problems)
-
-    def self_influence(self, chunk_size: int = 500) -> Tensor:
-        """Each training example's score for itself as query: (n_train,)."""
-        total = torch.zeros(len(self.train_sides[0]), dtype=self.train_sides[0].dtype)
-        for number, (problem, train_side) in enumerate(zip(self.problems, self.train_sides, strict=True)):
-            for rows in torch.arange(len(train_side)).split(chunk_size):
-                total[rows] += (self.query_side(problem, problem.train[rows], number) * train_side[rows]).sum(1)
-        return total / len(self.problems)
-
-    def save(self, path: Path | str) -> None:
-        """Write the train sides, the query rule and the hashes of model and data to one file."""
-        tensors = {f"train_side_{i}": side.contiguous() for i, side in enumerate(self.train_sides)}
-        save_tensors(
-            Path(path), tensors, {"query_side": vars(self.query_side), "made_for": [p.identity for p in self.problems]}
-        )
-
-    @classmethod
-    def load(cls, path: Path | str, problems: Sequence[Problem]) -> "Attribution":
-        """Read what `save` wrote; ValueError where the models or the data are not the saved ones."""
-        tensors, metadata = load_tensors(Path(path))
-        if "query_side" not in metadata:
-            raise ValueError(f"{path} does not hold an Attribution, but {sorted(metadata)}")
-        rule = metadata["query_side"]
-        if len(problems) != len(metadata["made_for"]):
-            raise ValueError(f"{path} was made for {len(metadata['made_for'])} problems, but got {len(problems)}")
-        for problem, identity in zip(problems, metadata["made_for"], strict=True):
-            problem.check_identity(path, identity)
-        rule["projection"] = tuple(rule["projection"]) if rule["projection"] else None
-        sides = tuple(tensors[f"train_side_{i}"] for i in range(len(tensors)))
-        return cls(tuple(problems), sides, QuerySide(**rule))
 
 
 # -- influence functions ----------------------------------------------------------------------------
@@ -117,16 +38,9 @@ def exact_influence(
     Raises ValueError where damping < 0, or H + damping I is not positive definite (an indefinite
     Hessian needs damping above minus its smallest eigenvalue).
     """
-    problems = _as_tuple(problem)
     _check_damping(damping)
-    solved = [p.head() if last_layer else p for p in problems]
-    dense = solved[0].n_parameters <= DENSE_LIMIT
-    sides = []
-    for member in solved:
-        gradients = member.gradients(member.train) / len(member.train)
-        sides.append(solve_dense(member.curvature(curvature), gradients, damping) if dense else gradients)
-    rule = QuerySide(last_layer=last_layer, damping=None if dense else damping, curvature=curvature)
-    return Attribution(problems, tuple(sides), rule)
+    options = {"curvature": curvature, "last_layer": last_layer}
+    return _averaged([InfluenceFamily.of(member, **options).at(damping) for member in _as_tuple(problem)])
 
 
 def last_layer(problem: Problem | Sequence[Problem], damping: float = 1e-2) -> Attribution:
@@ -134,17 +48,56 @@ def last_layer(problem: Problem | Sequence[Problem], damping: float = 1e-2) -> A
     return exact_influence(problem, damping, last_layer=True)
 
 
-def solve_curvature(problem: Problem, goals: Tensor, damping: float, curvature: str, tolerance: float = 1e-3) -> Tensor:
-    """Rows x_i with (H + damping I) x_i = goals_i by conjugate gradients on products with H: (k, p).
+@dataclass(frozen=True, eq=False)
+class InfluenceFamily:
+    """`exact_influence` of one model with the damping left open.
 
-    Stops when every residual is below tolerance * ||goals_i||. Raises ValueError on negative curvature and
-    RuntimeError where 1000 steps do not suffice, naming the residual reached.
+    gradients: (n, p) of the training losses, over n, in the parameters that respond.
     """
-    steps = conjugate_gradients(lambda v: problem.curvature_product(v, curvature) + damping * v, goals)
-    for _, (x, residuals) in zip(tqdm(range(1000), desc=f"CG, damping {damping:g}", leave=False), steps, strict=False):
-        if float(residuals.max()) <= tolerance:
-            return x
-    raise RuntimeError(f"relative residual {float(residuals.max()):.2g} after 1000 steps, not {tolerance}")
+
+    problem: Problem
+    gradients: Tensor
+    curvature: str
+    last_layer: bool
+
+    @classmethod
+    def of(cls, problem: Problem, *, curvature: str = "ggn", last_layer: bool = False) -> "InfluenceFamily":
+        solved = problem.head() if last_layer else problem
+        return cls(problem, solved.gradients(solved.train) / len(solved.train), curvature, last_layer)
+
+    def at(self, damping: float) -> Attribution:
+        _check_damping(damping)
+        side = solve_dense(self._matrix, self.gradients, damping) if self._dense else self.gradients
+        of_queries = None if self._dense else damping
+        rule = QuerySide(last_layer=self.last_layer, damping=of_queries, curvature=self.curvature)
+        return Attribution((self.problem,), (side,), rule)
+
+    def scores(self, queries: Examples, dampings: Sequence[float]) -> dict[float, Tensor]:
+        """Scores (n_query, n_train) by damping, for the curvature products of the smallest damping alone.
+
+        Dampings with which the system is not positive definite are left out: NotPositiveDefinite where all are.
+        Raises ValueError for no damping, and one that is negative or not finite.
+        """
+        goals = QuerySide(last_layer=self.last_layer)(self.problem, queries)
+
+        def solve(rising: list[float]) -> Sequence[Tensor]:
+            if self._dense:
+                return [solve_dense(self._matrix, goals, damping) for damping in rising]
+            return solve_dampings(self._solved, goals, rising, self.curvature)
+
+        return {damping: solved @ self.gradients.T for damping, solved in _by_damping(solve, dampings).items()}
+
+    @property
+    def _solved(self) -> Problem:
+        return self.problem.head() if self.last_layer else self.problem
+
+    @property
+    def _dense(self) -> bool:
+        return self.gradients.shape[1] <= DENSE_LIMIT
+
+    @property
+    def _matrix(self) -> Tensor:
+        return self._solved.curvature(self.curvature)
 
 
 # -- gradient products and TRAK ---------------------------------------------------------------------
@@ -176,36 +129,61 @@ def trak(
     directions (None: not projected, solved in the n x n dual). The original has damping 0.
     Raises ValueError where damping 0 leaves a singular system or dimension < 1.
     """
-    problems = _as_tuple(problem)
     _check_damping(damping)
-    if dimension is not None and dimension < 1:
-        raise ValueError(f"dimension must be >= 1 or None, got {dimension}")
-    classifies = problems[0].train.is_classification
-    target = "margin" if classifies else "output"
-    sides = []
-    for number, member in enumerate(problems):
-        n = len(member.train)
-        phi = member.gradients(member.train, target)
-        if dimension is None:
-            gram = phi @ phi.T / n
-            weighted = solve_dense(gram, torch.eye(n, dtype=phi.dtype), damping) @ phi
-        else:
-            phi = phi @ projection_matrix(member.n_parameters, dimension, seed + number, dtype=phi.dtype)
-            weighted = solve_dense(phi.T @ phi / n, phi, damping)
+    members = enumerate(_as_tuple(problem))
+    return _averaged([TrakFamily.of(p, dimension=dimension, seed=seed + i).at(damping) for i, p in members])
+
+
+@dataclass(frozen=True, eq=False)
+class TrakFamily:
+    """`trak` of one model with the damping left open.
+
+    phi: (n, k). pull: (n,) the training examples' -dloss/dmargin, over n. system: Phi'Phi/n (k, k), or in the
+    dual Phi Phi'/n (n, n). query_side: what is done to queries.
+    """
+
+    problem: Problem
+    phi: Tensor
+    pull: Tensor
+    system: Tensor
+    query_side: QuerySide
+
+    @classmethod
+    def of(cls, problem: Problem, *, dimension: int | None = 512, seed: int = 0) -> "TrakFamily":
+        if dimension is not None and dimension < 1:
+            raise ValueError(f"dimension must be >= 1 or None, got {dimension}")
+        n, classifies = len(problem.train), problem.train.is_classification
+        projection = None if dimension is None else (dimension, seed)
+        features = QuerySide("margin" if classifies else "output", projection=projection)
+        phi = features(problem, problem.train)
         # minus dloss/dmargin = 1 - p_y; for regression dloss/doutput, whose square is the loss effect
         with torch.no_grad():
-            outputs = member.outputs(member.train.inputs)
-            pull = torch.sigmoid(-member.margins(member.train)) if classifies else outputs[:, 0] - member.train.targets
-        sides.append(weighted * pull[:, None] / n)
-    projection = None if dimension is None else (dimension, seed)
-    return Attribution(problems, tuple(sides), QuerySide(target, projection=projection, times_error=not classifies))
+            if classifies:
+                pull = torch.sigmoid(-problem.margins(problem.train))
+            else:
+                pull = problem.outputs(problem.train.inputs)[:, 0] - problem.train.targets
+        system = phi @ phi.T / n if dimension is None else phi.T @ phi / n
+        return cls(problem, phi, pull / n, system, replace(features, times_error=not classifies))
 
+    def at(self, damping: float) -> Attribution:
+        _check_damping(damping)
+        if self._dual:
+            weighted = solve_dense(self.system, torch.eye(len(self.phi), dtype=self.phi.dtype), damping) @ self.phi
+        else:
+            weighted = solve_dense(self.system, self.phi, damping)
+        return Attribution((self.problem,), (weighted * self.pull[:, None],), self.query_side)
 
-@functools.lru_cache(maxsize=2)
-def projection_matrix(p: int, k: int, seed: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Johnson-Lindenstrauss projection (p, k), entries N(0, 1/k): it keeps inner products on average."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(p, k, generator=generator, dtype=torch.float32).to(dtype) / k**0.5
+    def scores(self, queries: Examples, dampings: Sequence[float]) -> dict[float, Tensor]:
+        """Scores (n_query, n_train) by damping; those too small are left out as in `InfluenceFamily.scores`."""
+        goals = self.query_side(self.problem, queries)
+        if self._dual:
+            goals = goals @ self.phi.T
+        solved = _by_damping(lambda rising: [solve_dense(self.system, goals, d) for d in rising], dampings)
+        return {d: (x if self._dual else x @ self.phi.T) * self.pull for d, x in solved.items()}
+
+    @property
+    def _dual(self) -> bool:
+        return self.query_side.projection is None
 
 
 # -- controls ---------------------------------------------------------------------------------------
@@ -239,6 +217,29 @@ def feature_similarity(problem: Problem) -> Similarity:
 def random_scores(n_query: int, n_train: int, *, seed: int) -> Tensor:
     """Control: standard normal scores (n_query, n_train)."""
     return torch.randn(n_query, n_train, generator=torch.Generator().manual_seed(seed))
+
+
+def _averaged(members: Sequence[Attribution]) -> Attribution:
+    """One attribution of several models; they differ in their projections alone, whose seeds count up."""
+    problems, sides = (tuple(getattr(m, name)[0] for m in members) for name in ("problems", "train_sides"))
+    return Attribution(problems, sides, members[0].query_side)
+
+
+def _by_damping(solve: Callable[[list[float]], Sequence[Tensor]], dampings: Sequence[float]) -> dict[float, Tensor]:
+    """{damping: solution} from solve(dampings, rising), without those too small for a positive definite system."""
+    if not len(dampings):
+        raise ValueError("give at least one damping, got none")
+    for damping in dampings:
+        _check_damping(damping)
+    rising = sorted(set(dampings))
+    while True:
+        try:
+            return dict(zip(rising, solve(rising), strict=True))
+        except NotPositiveDefinite as error:
+            larger = [damping for damping in rising[1:] if error.needed is None or damping > error.needed]
+            if not larger:
+                raise
+            rising = larger
 
 
 def _as_tuple(problem: Problem | Sequence[Problem]) -> tuple[Problem, ...]:

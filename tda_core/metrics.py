@@ -13,7 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import rankdata
+
+from tda_core.ranks import check_positive, resample_counts, resampled_spearman, spearman_columns
 
 Array = np.ndarray  # or a torch.Tensor: every function converts by `as_array`
 
@@ -118,7 +119,7 @@ def lds_ceiling(outcomes: Array, *, n_splits: int = 100, n_bootstrap: int = 1000
     if n_seeds < 2:
         raise ValueError(f"a ceiling needs at least 2 seeds a subset, got {n_seeds}")
     _expect_rows(n_subsets, "outcomes")
-    _expect_positive("n_splits", n_splits)
+    check_positive("n_splits", n_splits)
     rng = np.random.default_rng(seed)
     half = n_seeds // 2
     split = np.zeros(n_query)
@@ -151,27 +152,6 @@ def percent_of_ceiling(estimate: Estimate, ceiling: Ceiling) -> Estimate:
     return Estimate(*scaled, n=estimate.n)
 
 
-def spearman_columns(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Spearman correlation of each column of x with the same column of y, average ranks; 0 where undefined."""
-    x, y = (rankdata(values, axis=0) - (len(x) + 1) / 2 for values in (x, y))
-    return _ratio((x * y).sum(0), (x * x).sum(0), (y * y).sum(0))
-
-
-def resampled_spearman(x: np.ndarray, y: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """`spearman_columns` on resampled rows, without building the resamples.
-
-    x, y: (n, q). counts: (n, b), how often each replicate drew each row; columns sum to n. A value's
-    average rank in a replicate is (weight below it) + (weight of its ties + 1) / 2, which cumulative
-    counts in sorted order give at once for all replicates. Returns (q, b).
-    """
-    result = np.empty((x.shape[1], counts.shape[1]))
-    for column in range(x.shape[1]):
-        rx, ry = (_resampled_ranks(values[:, column], counts) for values in (x, y))
-        wx, wy = counts * rx, counts * ry
-        result[column] = _ratio((wx * ry).sum(0), (wx * rx).sum(0), (wy * ry).sum(0))
-    return result
-
-
 def mean_estimate(
     values: Array, *, transform: Callable | None = None, n_bootstrap: int = 1000, seed: int = 0
 ) -> Estimate:
@@ -188,12 +168,6 @@ def percentile_interval(replicates: np.ndarray) -> tuple[float, float]:
     """The central 95% of bootstrap replicates."""
     low, high = np.percentile(replicates, [2.5, 97.5])
     return float(low), float(high)
-
-
-def resample_counts(n: int, n_bootstrap: int, rng: np.random.Generator) -> np.ndarray:
-    """How often each of n units is drawn in each bootstrap replicate: (n, n_bootstrap), columns sum to n."""
-    _expect_positive("n_bootstrap", n_bootstrap)
-    return rng.multinomial(n, np.full(n, 1 / n), size=n_bootstrap).T.astype(np.float64)
 
 
 def as_array(value: Array, name: str, ndim: int) -> np.ndarray:
@@ -267,20 +241,6 @@ def _mean_correlation(predicted: list[np.ndarray], true: np.ndarray, n_bootstrap
     return Estimate(float(value), *percentile_interval(shifted), n=n_query)
 
 
-def _resampled_ranks(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Centred average ranks (n, b) of values (n,) in each replicate of counts (n, b)."""
-    order = np.argsort(values, kind="stable")
-    weight = np.concatenate([np.zeros((1, counts.shape[1])), np.cumsum(counts[order], axis=0)])
-    below, up_to = (np.searchsorted(values[order], values, side=side) for side in ("left", "right"))
-    return (weight[below] + weight[up_to] - len(values)) / 2  # the mean rank is (n + 1) / 2 in every replicate
-
-
-def _ratio(xy: np.ndarray, xx: np.ndarray, yy: np.ndarray) -> np.ndarray:
-    """xy / sqrt(xx yy), and 0 where a side is constant (ranks are halves, so such sums are exactly 0)."""
-    scale = np.sqrt(xx * yy)
-    return np.divide(xy, scale, out=np.zeros_like(scale), where=scale > 0)
-
-
 def _expect_rows(rows: int, name: str) -> None:
     if rows < 3:
         raise ValueError(f"{name} must have at least 3 rows (subsets or removed examples) to rank, got {rows}")
@@ -289,8 +249,3 @@ def _expect_rows(rows: int, name: str) -> None:
 def _expect_columns(array: np.ndarray, n_query: int, name: str) -> None:
     if array.shape[1] != n_query:
         raise ValueError(f"{name} are of {array.shape[1]} queries, but scores of {n_query}")
-
-
-def _expect_positive(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")

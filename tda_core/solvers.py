@@ -1,10 +1,19 @@
 """Linear systems with a symmetric positive definite curvature, for many right-hand sides at once."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from scipy.sparse.linalg import eigsh
 from torch import Tensor
+
+
+class NotPositiveDefinite(ValueError):
+    """A damped curvature is not positive definite. needed: the damping above which it is, None where not known."""
+
+    def __init__(self, message: str, needed: float | None = None) -> None:
+        super().__init__(message)
+        self.needed = needed
 
 
 def conjugate_gradients(product: Callable[[Tensor], Tensor], goals: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -12,7 +21,7 @@ def conjugate_gradients(product: Callable[[Tensor], Tensor], goals: Tensor) -> I
 
     product: (j, p) -> A applied to each row. Yields after each step the iterate (k, p), which the next step
     overwrites, and the relative residuals (k,). A row that is solved to rounding is left alone.
-    Raises ValueError on negative curvature, which A > 0 excludes.
+    Raises NotPositiveDefinite on negative curvature, which A > 0 excludes.
     """
     x, residual, direction = torch.zeros_like(goals), goals.clone(), goals.clone()
     squared = (goals**2).sum(1)
@@ -26,10 +35,7 @@ def conjugate_gradients(product: Callable[[Tensor], Tensor], goals: Tensor) -> I
         rows = slice(None) if len(rows) == len(goals) else rows  # a full index would copy everything
         along = direction[rows]
         curved = product(along)
-        bent = (along * curved).sum(1)
-        if bool((bent <= 0).any()):
-            raise ValueError(f"negative curvature {float(bent.min()):.3g} met: the damped curvature must be positive")
-        step = (squared[rows] / bent)[:, None]
+        step = (squared[rows] / _positive((along * curved).sum(1)))[:, None]
         x[rows] += step * along
         residual[rows] -= step * curved
         after = (residual[rows] ** 2).sum(1)
@@ -38,11 +44,57 @@ def conjugate_gradients(product: Callable[[Tensor], Tensor], goals: Tensor) -> I
         yield x, (squared / scale.clamp_min(torch.finfo(scale.dtype).tiny)).sqrt()
 
 
+def shifted_conjugate_gradients(
+    product: Callable[[Tensor], Tensor], goals: Tensor, shifts: Sequence[float], *, tolerance: float = 1e-3
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Iterates of (A + shift I) x = goal for every shift and row of `goals` (k, p), from zero and one Krylov space.
+
+    The smallest shift is solved by conjugate gradients. The residuals of the others are multiples of its own, so
+    they cost no product with A (Jegerlehner 1996, hep-lat/9612014, section 2.4; Frommer & Maass 1999), and they
+    are smaller: a row is left when the smallest shift has met the tolerance on it, a shift when all its rows have.
+    product: (j, p) -> A applied to each row. tolerance: relative residual. Yields after each step the iterates
+    (s, k, p), which the next step overwrites, and the relative residuals (s, k). Holds (2 s + 4) k p floats.
+    Raises ValueError for no shifts or one that is not finite and for tolerance <= 0, NotPositiveDefinite on
+    negative curvature.
+    """
+    if not len(shifts) or not all(math.isfinite(shift) for shift in shifts):
+        raise ValueError(f"shifts must be one finite number or more, got {list(shifts)}")
+    if not tolerance > 0:
+        raise ValueError(f"tolerance must be > 0, got {tolerance}")
+    lowest = min(range(len(shifts)), key=shifts.__getitem__)
+    lifts = torch.tensor([shift - shifts[lowest] for shift in shifts], dtype=goals.dtype)[:, None]
+    x, direction = goals.new_zeros(len(shifts), *goals.shape), goals.repeat(len(shifts), 1, 1)
+    residual, squared = goals.clone(), (goals**2).sum(1)
+    scale = squared.sqrt().clamp_min(torch.finfo(goals.dtype).tiny)
+    reached = (squared.sqrt() / scale).repeat(len(shifts), 1)  # 0 for a goal of 0
+    # each shift's residual as a multiple of the smallest shift's, and what the last step changed that by
+    ratio, change = torch.ones_like(reached), torch.ones_like(reached)
+    last_step, growth = torch.ones_like(squared), torch.zeros_like(squared)
+    while True:
+        rows = (reached[lowest] > tolerance).nonzero()[:, 0]
+        if len(rows):
+            every = slice(None) if len(rows) == len(goals) else rows  # a full index would copy everything
+            along = direction[lowest, every]
+            curved = product(along) + shifts[lowest] * along
+            step = squared[rows] / _positive((along * curved).sum(1))
+            change[:, rows] = 1 / (1 + step * (lifts + growth[rows] / last_step[rows] * (1 - change[:, rows])))
+            ratio[:, rows] *= change[:, rows]
+            residual[every] -= step[:, None] * curved
+            after = (residual[every] ** 2).sum(1)
+            last_step[rows], growth[rows], squared[rows] = step, after / squared[rows], after
+            for i in (reached > tolerance).any(1).nonzero()[:, 0].tolist():
+                x[i, every] += (step * change[i, rows])[:, None] * direction[i, every]
+                direction[i, every] *= (growth[rows] * change[i, rows] ** 2)[:, None]
+                direction[i, every] += ratio[i, rows][:, None] * residual[every]
+                reached[i, rows] = ratio[i, rows] * squared[rows].sqrt() / scale[rows]
+        yield x, reached
+
+
 def solve_dense(curvature: Tensor, goals: Tensor, damping: float) -> Tensor:
     """Rows x_i with (curvature + damping I) x_i = goals_i by Cholesky: (p, p), (k, p) -> (k, p).
 
-    Raises ValueError where the damped curvature is not positive definite, or singular to rounding, naming
-    the damping it needs.
+    Raises NotPositiveDefinite where the damped curvature is not, or is singular to rounding, naming the
+    damping it needs.
     """
     damped = curvature + damping * torch.eye(len(curvature), dtype=curvature.dtype)
     factor, info = torch.linalg.cholesky_ex(damped)
@@ -50,12 +102,22 @@ def solve_dense(curvature: Tensor, goals: Tensor, damping: float) -> Tensor:
     # A pivot that cancelled to the rounding error of its diagonal entry holds no correct digit, whatever its sign.
     if int(info) or bool((factor.diagonal() ** 2 <= 4 * eps * damped.diagonal()).any()):
         smallest, largest = _extreme_eigenvalues(damped)
-        rounding = len(damped) * eps * largest
-        raise ValueError(
+        needed = damping - min(smallest, 0.0) + len(damped) * eps * largest
+        raise NotPositiveDefinite(
             f"curvature + damping {damping} is not positive definite (smallest eigenvalue {smallest:.3g}): "
-            f"use a damping above {damping - min(smallest, 0.0) + rounding:.3g}"
+            f"use a damping above {needed:.3g}",
+            needed,
         )
     return torch.cholesky_solve(goals.T, factor).T
+
+
+def _positive(bent: Tensor) -> Tensor:
+    """The curvatures along each direction (k,), or NotPositiveDefinite where one is not positive."""
+    if bool((bent <= 0).any()):
+        raise NotPositiveDefinite(
+            f"negative curvature {float(bent.min()):.3g} met: the damped curvature must be positive"
+        )
+    return bent
 
 
 def _extreme_eigenvalues(matrix: Tensor) -> tuple[float, float]:
