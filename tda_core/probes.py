@@ -10,7 +10,7 @@ used for projection as in LoGra, Choe et al. 2024).
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -74,7 +74,7 @@ class LayerProbe:
 
     def __post_init__(self) -> None:
         if not has_linear_layers_only(self.problem):
-            raise ValueError("a LayerProbe needs a module whose parameters all lie in nn.Linear layers")
+            raise ValueError("a LayerProbe needs parameters that all lie in nn.Linear layers, each run once")
         if set(self.factors) != set(self.layers):
             raise ValueError(f"factors must be of the layers {sorted(self.layers)}, got {sorted(self.factors)}")
 
@@ -120,16 +120,18 @@ class LayerProbe:
         self.problem.check(examples)
         passed = self._reverse(examples) if mode == "reverse" else self._forward(examples)
         parts = []
-        for name, (x, delta) in passed.items():
-            a, b = self.factors[name]
+        for name, layer in self.layers.items():  # not as they run, which may be in another order
+            (x, delta), (a, b) = passed[name], self.factors[name]
             if b is not None and mode == "reverse":
                 delta = delta @ b.T
-            if self.layers[name].bias is not None:
+            if layer.bias is not None:
                 x = x @ a[:, :-1].T + a[:, -1] if a is not None else F.pad(x, (0, 1), value=1.0)
             elif a is not None:
                 x = x @ a.T
-            product = delta[:, :, None] * x[:, None, :] if x.ndim == 2 else delta.transpose(1, 2) @ x
-            parts.append(product.flatten(1))
+            if x.ndim > 2:
+                parts.append((delta.flatten(1, -2).transpose(1, 2) @ x.flatten(1, -2)).flatten(1))
+            else:
+                parts.append((delta[:, :, None] * x[:, None, :]).flatten(1))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def coordinates(self, directions: Tensor) -> Tensor:
@@ -169,13 +171,13 @@ class LayerProbe:
 
         def watch(name: str, x: Tensor, out: Tensor) -> Tensor:
             out = out if out.requires_grad else out.requires_grad_()
-            seen[name] = (x.detach(), out)
-            return out
+            seen[name] = (x.detach().clone(), out)  # copies, because what follows may work in place
+            return out.clone()
 
-        with torch.enable_grad(), self._watched(watch):
+        with torch.enable_grad(), _watched(self.layers, watch):
             outputs = self._module(examples.inputs.to(self.problem.theta.dtype))
             losses = self.problem.loss(outputs, examples.targets).sum()
-            deltas = torch.autograd.grad(losses, [out for _, out in seen.values()])
+            deltas = torch.autograd.grad(losses, [out for _, out in seen.values()], materialize_grads=True)
         return {name: (x, delta) for (name, (x, _)), delta in zip(seen.items(), deltas, strict=True)}
 
     def _forward(self, examples: Examples) -> dict[str, tuple[Tensor, Tensor]]:
@@ -200,12 +202,12 @@ class LayerProbe:
             if out.ndim != 2:
                 raise ValueError(f"forward mode is for one position an example, but layer {name!r} gives {out.shape}")
             primal = forward_ad.unpack_dual(x).primal
-            seen[name] = primal.view(n, total, -1)[:, 0]
+            seen[name] = primal.view(n, total, -1)[:, 0].clone()
             tangent = out.new_zeros(n, total, out.shape[1])
             tangent[:, spans[name]] = rows[name]
             return out + forward_ad.make_dual(torch.zeros_like(out), tangent.flatten(0, 1))
 
-        with torch.no_grad(), forward_ad.dual_level(), self._watched(watch):
+        with torch.no_grad(), forward_ad.dual_level(), _watched(self.layers, watch):
             inputs = examples.inputs.to(self.problem.theta.dtype).repeat_interleave(total, 0)
             losses = self.problem.loss(self._module(inputs), examples.targets.repeat_interleave(total))
             along = forward_ad.unpack_dual(losses).tangent.view(n, total)
@@ -215,24 +217,35 @@ class LayerProbe:
         b = self.factors[name][1]
         return torch.eye(self.layers[name].out_features, dtype=self.problem.theta.dtype) if b is None else b
 
-    @contextmanager
-    def _watched(self, watch) -> Iterator[None]:
-        """Call watch(layer name, input, output) -> output at each linear layer of a forward pass."""
-        hooks = [
-            layer.register_forward_hook(lambda _, args, out, name=name: watch(name, args[0], out))
-            for name, layer in self.layers.items()
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+
+@contextmanager
+def _watched(layers: dict[str, nn.Linear], watch: Callable[[str, Tensor, Tensor], Tensor | None]) -> Iterator[None]:
+    """Call watch(layer name, input, output) -> output, None for the same, at each of the layers of a forward pass."""
+    hooks = [
+        layer.register_forward_hook(lambda _, args, out, name=name: watch(name, args[0], out))
+        for name, layer in layers.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def has_linear_layers_only(problem: Problem) -> bool:
-    """Whether the parameters that theta holds are those of whole `nn.Linear` layers, none of them shared."""
-    owned = {f"{name}.{kind}".lstrip(".") for name, layer in _linear(problem.module) for kind in _kinds(layer)}
-    return set(problem.names) == owned
+    """Whether the parameters that theta holds are those of whole `nn.Linear` layers, each run once on each example.
+
+    Runs are counted on one training example. That a layer's weights are used outside of it as well goes unseen.
+    """
+    layers = dict(_linear(problem.module))
+    kinds = {name: ("weight",) if layer.bias is None else ("weight", "bias") for name, layer in layers.items()}
+    owned = {f"{name}.{kind}".lstrip(".") for name, own in kinds.items() for kind in own}
+    if set(problem.names) != owned or any(type(layer).forward is not nn.Linear.forward for layer in layers.values()):
+        return False
+    runs: list[tuple[str, int]] = []
+    with _watched(layers, lambda name, _, out: runs.append((name, len(out)))), torch.no_grad():
+        problem.outputs(problem.train.inputs[:1])
+    return sorted(runs) == sorted((name, 1) for name in layers)
 
 
 def layer_probe(problem: Problem, examples: Examples, energy: float = 0.99) -> LayerProbe:
@@ -263,10 +276,6 @@ def _linear(module: nn.Module) -> list[tuple[str, nn.Linear]]:
     """The linear layers that are not frozen, by name."""
     found = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
     return [(name, layer) for name, layer in found if any(value.requires_grad for value in layer.parameters())]
-
-
-def _kinds(layer: nn.Linear) -> list[str]:
-    return [kind for kind, _ in layer.named_parameters()]
 
 
 def _leading(moment: Tensor, energy: float) -> Tensor | None:
