@@ -184,6 +184,33 @@ def curves(
     return figure
 
 
+def tradeoff(
+    points: Mapping[str, tuple[float, Any]], labels: Labels, *, ours: Sequence[str], lines: Mapping[str, float]
+) -> Figure:
+    """Cost (log scale) against quality of each method, with intervals: the upper left is where to be.
+
+    points: name -> (cost, Estimate). ours: names drawn as filled; lines: vertical references by name.
+    Raises ValueError for no points.
+    """
+    if not points:
+        raise ValueError("there are no points to draw")
+    figure, axis = plt.subplots(figsize=(11, 6.5))
+    for index, (name, (cost, quality)) in enumerate(sorted(points.items(), key=lambda item: item[1][0])):
+        low, high = _ends(quality)
+        colour, marker = PALETTE[index % len(PALETTE)], MARKERS[index % len(MARKERS)]
+        filled = colour if name in ours else "white"
+        bars = [[quality.value - low], [high - quality.value]]
+        look = {"color": colour, "marker": marker, "markersize": 12, "markerfacecolor": filled, "markeredgewidth": 2.5}
+        axis.errorbar([cost], [quality.value], yerr=bars, linestyle="", capsize=4, label=name, **look)
+    for name, cost in lines.items():
+        axis.axvline(cost, color=GREY, linestyle="--", linewidth=2, label=name)
+    axis.set_xscale("log")
+    axis.xaxis.set_major_formatter(PLAIN_NUMBERS)
+    _label(axis, labels)
+    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), title="filled: ours")
+    return figure
+
+
 def scatter_agreement(x: np.ndarray, y: np.ndarray, labels: Labels) -> Figure:
     """Two scores of the same pairs against each other, with their Spearman correlation in the title.
 

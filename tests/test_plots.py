@@ -146,3 +146,18 @@ def test_histogram_counts_every_query_and_marks_the_mean():
     assert axis.get_ylabel() == "queries (of 300)"
     with pytest.raises(ValueError, match=r"got shape \(2, 2\)"):
         plots.histogram_per_query(np.zeros((2, 2)), plots.Labels("LDS"))
+
+
+def test_tradeoff_puts_each_method_at_its_cost_and_quality():
+    points = {"a": (2.0, Estimate(0.5, 0.4, 0.6, 9)), "b": (0.1, Estimate(0.7, 0.6, 0.8, 9))}
+    figure = plots.tradeoff(points, plots.Labels("ms", "LDS", "t"), ours=["a"], lines={"limit": 0.05})
+    axis = figure.axes[0]
+    drawn = {c.get_label(): c[0] for c in axis.containers}
+    assert {name: (line.get_xdata()[0], line.get_ydata()[0]) for name, line in drawn.items()} == {
+        "a": (2.0, 0.5),
+        "b": (0.1, 0.7),
+    }
+    assert drawn["b"].get_markerfacecolor() == "white" != drawn["a"].get_markerfacecolor()
+    assert axis.get_xscale() == "log" and axis.lines[-1].get_xdata()[0] == 0.05
+    with pytest.raises(ValueError, match="no points to draw"):
+        plots.tradeoff({}, plots.Labels("ms", "LDS", "t"), ours=[], lines={})
