@@ -61,6 +61,8 @@ class BasisSettings:
             raise ValueError(f"rank must be >= 1, or None to choose it, got {self.rank}")
         if not 0 < self.keep < 1:
             raise ValueError(f"keep must lie in (0, 1), got {self.keep}")
+        if not 0 < self.energy <= 1:
+            raise ValueError(f"energy must lie in (0, 1], got {self.energy}")
         if self.coefficients not in COEFFICIENTS:
             raise ValueError(f"unknown coefficients {self.coefficients!r}, expected one of {COEFFICIENTS}")
 
@@ -101,6 +103,7 @@ class Basis:
         mode: "forward" for forward-mode products only, "reverse" for one backward pass to the layers'
         outputs; None takes the faster that the probe has.
         """
+        self.problem.check(queries)
         mode = {} if mode is None else {"mode": mode}
         if self.n_strata > 1 and (unseen := self._unseen.intersection(queries.targets.tolist())):
             raise ValueError(f"no directions for queries of class {min(unseen)}: no fitted example is of it")
@@ -133,6 +136,9 @@ class Basis:
         coordinates: (n, f) of the examples' responses, where they have been simulated already.
         """
         self.problem.check(examples)
+        expected = (len(examples), self.probe.n_features)
+        if coordinates is not None and coordinates.shape != expected:
+            raise ValueError(f"coordinates must be {expected}, got {tuple(coordinates.shape)}")
         parts = blocks(self.problem, examples, self.setting)
         if self.setting.coefficients == "gradients":
             found = [self.probe.features(part) for part in parts]
@@ -152,9 +158,9 @@ class Basis:
         z, strata = self.read(queries)
         off = self.problem.derivatives_along(queries, self.sketched)
         off -= torch.einsum("qk,qsk->qs", z, self.sketched_by[strata])
-        missed = (off**2).mean(1)
-        held = (z**2).sum(1)  # the coefficients' columns are orthonormal
-        return (missed / (missed + held).clamp_min(torch.finfo(missed.dtype).tiny)).sqrt()
+        missed = (off.double() ** 2).mean(1)  # single squares underflow
+        held = (z.double() ** 2).sum(1)  # the coefficients' columns are orthonormal
+        return (missed / (missed + held).clamp_min(torch.finfo(missed.dtype).tiny)).sqrt().to(z.dtype)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name, to be saved with `settings`."""

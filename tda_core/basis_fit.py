@@ -19,6 +19,7 @@ from tda_core.problem import Problem
 log = logging.getLogger(__name__)
 
 MAX_RANK = 1024  # that a search tries
+FEWEST_OTHERS = 3  # a correlation over two examples is 1 or -1
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,9 +43,10 @@ def fit_basis(
 
     held_out: validation queries, on which `kept` is measured and the rank chosen; the directions do not
     depend on them. Where there are more training examples than are fitted, `kept` is measured on a quarter
-    as many others, because the fitted ones flatter it. responses: (n_train, p) of the whole training set by the
-    same dynamics, where they exist already. Raises ValueError for queries or responses of another shape, a
-    rank above the examples or parameters there are, and by_label for a regression.
+    as many others (3 at least), because the fitted ones flatter it. responses: (n_train, p) of the whole
+    training set by the same dynamics, where they exist already. Raises ValueError for queries or responses of
+    another shape, a rank above the examples or parameters there are, by_label for a regression, and by_label
+    with held-out queries of a class that no fitted example is of.
     """
     setting = setting or BasisSettings()
     problem.check(held_out)
@@ -62,7 +64,8 @@ def fit_basis(
     signs = torch.randint(0, 2, (setting.sketch, n), generator=generator).to(problem.theta.dtype) * 2 - 1
 
     fit = _Fit(problem, dynamics, held_out, setting, probe, responses)
-    rows = order[: n + n // 4]
+    others = min(n // 4, len(order) - n)
+    rows = order[: n + others] if others >= FEWEST_OTHERS else order[:n]
     simulation = fit.simulate(rows[:n], signs)
     features = torch.cat([probe.features(part) for part in blocks(problem, problem.train[rows[:n]], setting)])
     reading, writing = fit.directions(features, simulation.coordinates, problem.train.targets[rows[:n]])
@@ -150,12 +153,14 @@ def _subspace(
     """Directions that queries like the examples `rows` probe, strongest first: reading and writing (k, f)."""
     queries = features[rows]
     scores = (queries @ coordinates.T).double()
-    scale = 1 / scores.norm(dim=1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
-    scores *= scale  # every query counts alike, however large its loss
+    size, kind = scores.norm(dim=1, keepdim=True), torch.finfo(features.dtype)
+    # every query counts alike, however large its loss; but one whose scores underflow probes nothing
+    scale = torch.where(size > kind.tiny / kind.eps, 1 / size, 0)
+    scores *= scale
     squares, left = torch.linalg.eigh(scores @ scores.T)
     sigma, left = squares.flip(0).clamp_min(0).sqrt(), left.flip(1)
     # below, a direction is rounding error: of the scores, or of the squares' eigenvalues
-    floor = max(100 * torch.finfo(features.dtype).eps, 1e-7) * sigma[:1].sum()
+    floor = max(100 * kind.eps, 1e-7) * sigma[:1].sum()
     kept = (sigma > floor).nonzero()[: setting.rank or MAX_RANK, 0]
     back = ((left[:, kept] / sigma[kept]).T * scale.T).to(features.dtype)  # U' D / sigma
     if setting.coefficients == "responses":
@@ -169,19 +174,29 @@ def _subspace(
 
 
 def _kept_at(basis: Basis, queries: Examples, full: Tensor, c: Tensor) -> dict[int, float]:
-    """Mean correlation over queries with the full scores (n_query, n), for a row of ranks up to the highest."""
+    """Mean correlation with the full scores (n_query, n) for a row of ranks up to the highest.
+
+    The mean is over queries whose full scores differ from each other; 0 where there are none.
+    """
     z, strata = basis.read(queries)
     tried = sorted({k for k in (round(2 ** (i / 4)) for i in range(40)) if k < basis.rank} | {basis.rank})
-    centred = full - full.mean(1, keepdim=True)
+    expected = _standardised(full)
+    defined = expected.any(1)
     scores, done, found = torch.zeros_like(full), 0, {}
     for k in tried:
         for stratum in strata.unique():
             rows = (strata == stratum).nonzero()[:, 0]
             scores[rows] += z[rows, done:k] @ c[stratum, :, done:k].T
         done = k
-        correlations = torch.cosine_similarity(scores - scores.mean(1, keepdim=True), centred, dim=1)
-        found[k] = float(correlations.mean())
+        correlations = (_standardised(scores) * expected).sum(1)[defined]
+        found[k] = float(correlations.mean()) if len(correlations) else 0.0
     return found
+
+
+def _standardised(scores: Tensor) -> Tensor:
+    """Rows of mean 0 and length 1, or of zeros where all are equal, in double precision: they may be very small."""
+    centred = scores.double() - scores.double().mean(1, keepdim=True)
+    return centred / centred.norm(dim=1, keepdim=True).clamp_min(torch.finfo(centred.dtype).tiny)
 
 
 def _truncated(basis: Basis, rank: int, kept_at: dict[int, float]) -> Basis:
