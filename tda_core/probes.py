@@ -171,8 +171,8 @@ class LayerProbe:
 
         def watch(name: str, x: Tensor, out: Tensor) -> Tensor:
             out = out if out.requires_grad else out.requires_grad_()
-            seen[name] = (x.detach().clone(), out)  # copies, because what follows may work in place
-            return out.clone()
+            seen[name] = (x.detach(), out)
+            return out.clone()  # what follows may overwrite it
 
         with torch.enable_grad(), _watched(self.layers, watch):
             outputs = self._module(examples.inputs.to(self.problem.theta.dtype))
@@ -202,7 +202,7 @@ class LayerProbe:
             if out.ndim != 2:
                 raise ValueError(f"forward mode is for one position an example, but layer {name!r} gives {out.shape}")
             primal = forward_ad.unpack_dual(x).primal
-            seen[name] = primal.view(n, total, -1)[:, 0].clone()
+            seen[name] = primal.view(n, total, -1)[:, 0]
             tangent = out.new_zeros(n, total, out.shape[1])
             tangent[:, spans[name]] = rows[name]
             return out + forward_ad.make_dual(torch.zeros_like(out), tangent.flatten(0, 1))
@@ -263,7 +263,8 @@ def layer_probe(problem: Problem, examples: Examples, energy: float = 0.99) -> L
         for name, (x, delta) in whole._reverse(examples[start : start + 256]).items():
             x = F.pad(x, (0, 1), value=1.0) if whole.layers[name].bias is not None else x
             # as long for a confident example as for an uncertain one: each is a query of its own
-            size = delta.flatten(1).norm(dim=1).clamp_min(torch.finfo(delta.dtype).tiny)
+            size = torch.linalg.vector_norm(delta.flatten(1), dim=1, dtype=torch.float64)  # single squares underflow
+            size = size.clamp_min(torch.finfo(delta.dtype).tiny).to(delta.dtype)
             delta = delta / size.view(-1, *[1] * (delta.ndim - 1))
             flat = [part.flatten(0, -2) for part in (x, delta)]
             added = [part.T @ part for part in flat]
