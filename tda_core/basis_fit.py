@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from tda_core.basis import Basis, BasisSettings, block_size, blocks, simulated
 from tda_core.dynamics import Dynamics
 from tda_core.examples import Examples
-from tda_core.probes import LayerProbe, TangentProbe, has_linear_layers_only, layer_probe
+from tda_core.probes import LayerProbe, TangentProbe, layer_probe
 from tda_core.problem import Problem
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def fit_basis(
     generator = torch.Generator().manual_seed(setting.seed)
     order = torch.randperm(len(problem.train), generator=generator)
     probe: LayerProbe | TangentProbe = TangentProbe(problem)
-    if has_linear_layers_only(problem):
+    if problem.linear_layers is not None:
         probe = layer_probe(problem, problem.train[order[: setting.n_fit]], setting.energy)
     n = _n_fitted(problem, probe, setting)
     signs = torch.randint(0, 2, (setting.sketch, n), generator=generator).to(problem.theta.dtype) * 2 - 1

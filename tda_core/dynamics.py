@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tda_core.curvature import CURVATURES
 from tda_core.examples import Examples
-from tda_core.problem import CURVATURES, Problem
+from tda_core.problem import Problem
 from tda_core.solvers import conjugate_gradients
 
 

@@ -57,6 +57,16 @@ class Examples:
     def is_classification(self) -> bool:
         return not self.targets.is_floating_point()
 
+    def expect_like(self, other: "Examples", n_outputs: int) -> None:
+        """Raise ValueError where a model with `n_outputs` outputs that fits `other` does not fit these examples."""
+        if self.inputs.shape[1:] != other.inputs.shape[1:]:
+            expected, got = (", ".join(map(str, e.inputs.shape[1:])) for e in (other, self))
+            raise ValueError(f"inputs must have shape (n, {expected}), got (n, {got})")
+        if self.is_classification != other.is_classification:
+            raise ValueError(f"targets must be {other.targets.dtype} as in training, got {self.targets.dtype}")
+        if self.is_classification and int(self.targets.max()) >= n_outputs:
+            raise ValueError(f"label {int(self.targets.max())} is out of range for {n_outputs} outputs")
+
     @property
     def hash(self) -> str:
         """SHA-256 of contents, shapes and types: what cached results are keyed by."""

@@ -9,9 +9,6 @@ two small products, and no tangent of the layer's size is ever formed (the facto
 used for projection as in LoGra, Choe et al. 2024).
 """
 
-import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,6 +18,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from tda_core.examples import Examples
+from tda_core.layers import linear_layers, outer, watched
 from tda_core.problem import Problem
 
 MODES = ("reverse", "forward")
@@ -73,24 +71,15 @@ class LayerProbe:
     factors: dict[str, tuple[Tensor | None, Tensor | None]]
 
     def __post_init__(self) -> None:
-        if not has_linear_layers_only(self.problem):
+        if self.problem.linear_layers is None:
             raise ValueError("a LayerProbe needs parameters that all lie in nn.Linear layers, each run once")
         if set(self.factors) != set(self.layers):
             raise ValueError(f"factors must be of the layers {sorted(self.layers)}, got {sorted(self.factors)}")
 
-    @cached_property
-    def _module(self) -> nn.Module:
-        """A private copy with the trained parameters in place, whose layers report what flows through them."""
-        module = copy.deepcopy(self.problem.module).eval().requires_grad_(False)
-        own = dict(module.named_parameters())
-        for name, value in self.problem.unravel(self.problem.theta).items():
-            own[name].data = value
-        return module
-
-    @cached_property
+    @property
     def layers(self) -> dict[str, nn.Linear]:
         """The linear layers by name, in the order of their parameters in theta."""
-        return {name: self._module.get_submodule(name) for name, _ in _linear(self.problem.module)}
+        return self.problem.linear_layers
 
     @cached_property
     def slices(self) -> dict[str, slice]:
@@ -118,20 +107,18 @@ class LayerProbe:
         if mode not in MODES:
             raise ValueError(f"unknown mode {mode!r}, expected one of {MODES}")
         self.problem.check(examples)
-        passed = self._reverse(examples) if mode == "reverse" else self._forward(examples)
+        reverse = mode == "reverse"
+        passed = self.problem.flows(examples.inputs, examples.targets) if reverse else self._forward(examples)
         parts = []
         for name, layer in self.layers.items():  # not as they run, which may be in another order
             (x, delta), (a, b) = passed[name], self.factors[name]
-            if b is not None and mode == "reverse":
+            if b is not None and reverse:
                 delta = delta @ b.T
             if layer.bias is not None:
                 x = x @ a[:, :-1].T + a[:, -1] if a is not None else F.pad(x, (0, 1), value=1.0)
             elif a is not None:
                 x = x @ a.T
-            if x.ndim > 2:
-                parts.append((delta.flatten(1, -2).transpose(1, 2) @ x.flatten(1, -2)).flatten(1))
-            else:
-                parts.append((delta[:, :, None] * x[:, None, :]).flatten(1))
+            parts.append(outer(delta, x))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def coordinates(self, directions: Tensor) -> Tensor:
@@ -159,26 +146,11 @@ class LayerProbe:
     @classmethod
     def restore(cls, problem: Problem, tensors: dict[str, Tensor]) -> "LayerProbe":
         """The probe whose `tensors()` these are."""
-        names = [name for name, _ in _linear(problem.module)]
+        names = linear_layers(problem.module)
         return cls(problem, {name: (tensors.get(f"{name}/A"), tensors.get(f"{name}/B")) for name in names})
 
     def _theta_slice(self, layer: str, parameter: str) -> slice:
         return self.problem.offsets[f"{layer}.{parameter}".lstrip(".")]
-
-    def _reverse(self, examples: Examples) -> dict[str, tuple[Tensor, Tensor]]:
-        """By layer: what flows in (n, ..., d_in), and the losses' derivatives in what flows out (n, ..., d_out)."""
-        seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-        def watch(name: str, x: Tensor, out: Tensor) -> Tensor:
-            out = out if out.requires_grad else out.requires_grad_()
-            seen[name] = (x.detach(), out)
-            return out.clone()  # what follows may overwrite it
-
-        with torch.enable_grad(), _watched(self.layers, watch):
-            outputs = self._module(examples.inputs.to(self.problem.theta.dtype))
-            losses = self.problem.loss(outputs, examples.targets).sum()
-            deltas = torch.autograd.grad(losses, [out for _, out in seen.values()], materialize_grads=True)
-        return {name: (x, delta) for (name, (x, _)), delta in zip(seen.items(), deltas, strict=True)}
 
     def _forward(self, examples: Examples) -> dict[str, tuple[Tensor, Tensor]]:
         """The same with derivatives along B's rows (n, r_out), by dual numbers: each query once a tangent."""
@@ -207,45 +179,15 @@ class LayerProbe:
             tangent[:, spans[name]] = rows[name]
             return out + forward_ad.make_dual(torch.zeros_like(out), tangent.flatten(0, 1))
 
-        with torch.no_grad(), forward_ad.dual_level(), _watched(self.layers, watch):
+        with torch.no_grad(), forward_ad.dual_level(), watched(self.layers, watch):
             inputs = examples.inputs.to(self.problem.theta.dtype).repeat_interleave(total, 0)
-            losses = self.problem.loss(self._module(inputs), examples.targets.repeat_interleave(total))
+            losses = self.problem.loss(self.problem.placed(inputs), examples.targets.repeat_interleave(total))
             along = forward_ad.unpack_dual(losses).tangent.view(n, total)
         return {name: (seen[name], along[:, spans[name]]) for name in rows}
 
     def _rows(self, name: str) -> Tensor:
         b = self.factors[name][1]
         return torch.eye(self.layers[name].out_features, dtype=self.problem.theta.dtype) if b is None else b
-
-
-@contextmanager
-def _watched(layers: dict[str, nn.Linear], watch: Callable[[str, Tensor, Tensor], Tensor | None]) -> Iterator[None]:
-    """Call watch(layer name, input, output) -> output, None for the same, at each of the layers of a forward pass."""
-    hooks = [
-        layer.register_forward_hook(lambda _, args, out, name=name: watch(name, args[0], out))
-        for name, layer in layers.items()
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def has_linear_layers_only(problem: Problem) -> bool:
-    """Whether the parameters that theta holds are those of whole `nn.Linear` layers, each run once on each example.
-
-    Runs are counted on one training example. That a layer's weights are used outside of it as well goes unseen.
-    """
-    layers = dict(_linear(problem.module))
-    kinds = {name: ("weight",) if layer.bias is None else ("weight", "bias") for name, layer in layers.items()}
-    owned = {f"{name}.{kind}".lstrip(".") for name, own in kinds.items() for kind in own}
-    if set(problem.names) != owned or any(type(layer).forward is not nn.Linear.forward for layer in layers.values()):
-        return False
-    runs: list[tuple[str, int]] = []
-    with _watched(layers, lambda name, _, out: runs.append((name, len(out)))), torch.no_grad():
-        problem.outputs(problem.train.inputs[:1])
-    return sorted(runs) == sorted((name, 1) for name in layers)
 
 
 def layer_probe(problem: Problem, examples: Examples, energy: float = 0.99) -> LayerProbe:
@@ -255,12 +197,13 @@ def layer_probe(problem: Problem, examples: Examples, energy: float = 0.99) -> L
     """
     if not 0 < energy <= 1:
         raise ValueError(f"energy must lie in (0, 1], got {energy}")
-    whole = LayerProbe(problem, {name: (None, None) for name, _ in _linear(problem.module)})
+    whole = LayerProbe(problem, {name: (None, None) for name in linear_layers(problem.module)})
     if energy == 1:
         return whole
     moments: dict[str, list[Tensor]] = {}
     for start in range(0, len(examples), 256):
-        for name, (x, delta) in whole._reverse(examples[start : start + 256]).items():
+        part = examples[start : start + 256]
+        for name, (x, delta) in problem.flows(part.inputs, part.targets).items():
             x = F.pad(x, (0, 1), value=1.0) if whole.layers[name].bias is not None else x
             # as long for a confident example as for an uncertain one: each is a query of its own
             size = torch.linalg.vector_norm(delta.flatten(1), dim=1, dtype=torch.float64)  # single squares underflow
@@ -271,12 +214,6 @@ def layer_probe(problem: Problem, examples: Examples, energy: float = 0.99) -> L
             moments[name] = [a + b for a, b in zip(moments[name], added, strict=True)] if name in moments else added
     factors = {name: tuple(_leading(moment, energy) for moment in pair) for name, pair in moments.items()}
     return LayerProbe(problem, factors)
-
-
-def _linear(module: nn.Module) -> list[tuple[str, nn.Linear]]:
-    """The linear layers that are not frozen, by name."""
-    found = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
-    return [(name, layer) for name, layer in found if any(value.requires_grad for value in layer.parameters())]
 
 
 def _leading(moment: Tensor, energy: float) -> Tensor | None:

@@ -7,17 +7,25 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jvp, vjp, vmap
+from torch.func import functional_call, grad, jvp, vmap
 
+from tda_core import layers
+from tda_core.curvature import (
+    CURVATURES,
+    drawn_labels,
+    ggn_product,
+    hessian_product,
+    largest_eigenvalue,
+    mean_of_squares,
+)
 from tda_core.examples import Examples, hash_of
-from tda_core.models import LOSSES, margin
+from tda_core.models import LOSSES, cross_entropy, margin
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-CURVATURES = ("ggn", "hessian")
 TARGETS = ("loss", "margin", "output")
 # Floats of activations that one vectorised product holds at a time: about what fits the cache (16 MB).
 CHUNK_FLOATS = 2**22
@@ -131,9 +139,10 @@ class Problem:
 
         target: "loss"; "margin" (classifiers); or "output", the first output (regression).
         """
-        if target not in TARGETS:
-            raise ValueError(f"unknown target {target!r}, expected one of {TARGETS}")
-        outputs = self.outputs(inputs, theta)
+        _check_target(target)
+        return self._scalar(self.outputs(inputs, theta), targets, target)
+
+    def _scalar(self, outputs: Tensor, targets: Tensor, target: str = "loss") -> Tensor:
         if target == "output":
             return outputs[:, 0]
         return self.loss(outputs, targets) if target == "loss" else margin(outputs, targets)
@@ -190,13 +199,54 @@ class Problem:
         return Examples(self.features(examples.inputs), examples.targets)
 
     def gradients(self, examples: Examples, target: str = "loss", *, chunk_size: int = 256) -> Tensor:
-        """Gradient of each example's loss (or margin) in theta: (n, p)."""
-        self.check(examples)
+        """Gradient of each example's loss (or margin) in theta: (n, p).
 
+        One backward pass for a chunk of examples where `linear_layers` hold all parameters, else one for each.
+        """
+        self.check(examples)
+        _check_target(target)
+        parts = zip(examples.inputs.split(chunk_size), examples.targets.split(chunk_size), strict=True)
+        if self.linear_layers is None:
+            found = [self._gradients_one_by_one(*part, target) for part in parts]
+        else:
+            found = [layers.gradients(self.flows(*part, target), self.offsets) for part in parts]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _gradients_one_by_one(self, inputs: Tensor, targets: Tensor, target: str = "loss") -> Tensor:
         def one(x: Tensor, y: Tensor) -> Tensor:
             return grad(lambda theta: self.value(theta, x[None], y[None], target)[0])(self.theta)
 
-        return vmap(one, chunk_size=chunk_size)(examples.inputs, examples.targets).detach()
+        return vmap(one)(inputs, targets).detach()
+
+    def flows(self, inputs: Tensor, targets: Tensor, target: str = "loss") -> layers.Flows:
+        """By linear layer: what flows in, and each example's loss' derivatives in what flows out (`layers.flows`)."""
+        inputs = inputs.to(self.theta.dtype)
+        return layers.flows(self.linear_layers, lambda: self._scalar(self.placed(inputs), targets, target))
+
+    @cached_property
+    def placed(self) -> nn.Module:
+        """A private copy of the module with theta in place, all of it frozen: evaluated directly, it is faster."""
+        module = copy.deepcopy(self.module).eval().requires_grad_(False)
+        own = dict(module.named_parameters())
+        for name, value in self.unravel(self.theta).items():
+            own[name].data = value
+        return module
+
+    @cached_property
+    def linear_layers(self) -> dict[str, nn.Linear] | None:
+        """The layers of `placed` by name, where all that theta holds are whole `nn.Linear`s that each run once.
+
+        None for other modules. Tested on a training example: its gradient by layers must be its gradient.
+        """
+        inputs, targets = self.train.inputs[:1].to(self.theta.dtype), self.train.targets[:1]
+        found = layers.trained(self.module, self.placed, self.names, inputs)
+        if found is None:
+            return None
+        # a weight may be used outside of its layer as well, which no hook sees
+        flowed = layers.flows(found, lambda: self._scalar(self.placed(inputs), targets))
+        plain = self._gradients_one_by_one(inputs, targets)
+        off = layers.gradients(flowed, self.offsets) - plain
+        return found if float(off.norm()) <= 1e-3 * float(plain.norm()) else None
 
     def derivatives_along(self, examples: Examples, directions: Tensor, target: str = "loss") -> Tensor:
         """Forward-mode derivative of each example's loss along each direction: (k, p) -> (n, k).
@@ -216,35 +266,40 @@ class Problem:
     def curvature_product(self, vectors: Tensor, kind: str = "ggn", rows: Tensor | None = None) -> Tensor:
         """(H + weight_decay I) v for every row v: (k, p) -> (k, p); H is a mean over training examples.
 
-        kind: "ggn" (generalised Gauss-Newton, positive semi-definite) or "hessian". rows: indices of a
-        mini-batch of training examples to average over instead of all.
+        kind: one of `CURVATURES`; "fisher" holds a (p, p) matrix, or the gradients of `rows`, and needs the
+        loss cross_entropy. rows: indices of a mini-batch of training examples to average over instead of all.
         """
         if kind not in CURVATURES:
             raise ValueError(f"unknown curvature {kind!r}, expected one of {CURVATURES}")
         vectors = self._check_directions(vectors)
+        if kind == "fisher":
+            drawn = None if rows is None else self.gradients(self._drawn[rows])
+            mapped = vectors @ self._fisher if drawn is None else vectors @ drawn.T @ drawn / len(drawn)
+            return mapped + self.weight_decay * vectors
         batch = self.train if rows is None else self.train[rows]
-        product = self._ggn_product(batch) if kind == "ggn" else self._hessian_product(batch)
+        if kind == "ggn":
+            outputs_at, loss = partial(self.outputs, batch.inputs), self.loss
+            product = ggn_product(outputs_at, lambda out: loss(out, batch.targets).mean(), self.theta)
+        else:
+            value = partial(self.value, inputs=batch.inputs, targets=batch.targets)
+            product = hessian_product(lambda theta: value(theta).mean(), self.theta)
         with torch.no_grad():
             mapped = vmap(product, chunk_size=self._chunk(len(batch)))(vectors)
         return mapped + self.weight_decay * vectors
 
-    def _ggn_product(self, batch: Examples) -> Callable[[Tensor], Tensor]:
-        def outputs_at(theta: Tensor) -> Tensor:
-            return self.outputs(batch.inputs, theta)
+    @cached_property
+    def _drawn(self) -> Examples:
+        """The training examples with labels drawn from the model itself."""
+        if self.loss is not cross_entropy:
+            raise ValueError("curvature 'fisher' draws labels from the model: it needs the loss cross_entropy")
+        with torch.no_grad():
+            outputs = [self.outputs(inputs) for inputs in self.train.inputs.split(256)]
+        return Examples(self.train.inputs, drawn_labels(torch.cat(outputs)))
 
-        outputs, pull_back = vjp(outputs_at, self.theta)
-        output_gradient = grad(lambda out: self.loss(out, batch.targets).mean())
-
-        def product(v: Tensor) -> Tensor:
-            # J' H_out J v: the loss' Hessian in the outputs between two Jacobian products
-            pushed = jvp(outputs_at, (self.theta,), (v,))[1]
-            return pull_back(jvp(output_gradient, (outputs,), (pushed,))[1])[0]
-
-        return product
-
-    def _hessian_product(self, batch: Examples) -> Callable[[Tensor], Tensor]:
-        objective_gradient = grad(lambda theta: self.loss(self.outputs(batch.inputs, theta), batch.targets).mean())
-        return lambda v: jvp(objective_gradient, (self.theta,), (v,))[1]
+    @cached_property
+    def _fisher(self) -> Tensor:
+        parts = torch.arange(len(self.train)).split(1024)
+        return mean_of_squares((self.gradients(self._drawn[rows]) for rows in parts), self.n_parameters)
 
     def curvature(self, kind: str = "ggn") -> Tensor:
         """The dense matrix H + weight_decay I (p, p), built column by column once; for small p only."""
@@ -259,27 +314,14 @@ class Problem:
 
     def largest_curvature(self, kind: str = "ggn", *, steps: int = 40, seed: int = 0) -> float:
         """lambda_max of H + weight_decay I by power iteration (a slight underestimate)."""
-        generator = torch.Generator().manual_seed(seed)
-        v = torch.randn(1, self.n_parameters, generator=generator, dtype=self.theta.dtype)
-        size = torch.tensor(0.0)
-        for _ in range(steps):
-            v = self.curvature_product(v / v.norm(), kind)
-            size = v.norm()
-            if size == 0:  # every output saturated: nothing to normalise
-                break
-        return float(size)
+        product = partial(self.curvature_product, kind=kind)
+        return largest_eigenvalue(product, self.n_parameters, steps=steps, seed=seed, dtype=self.theta.dtype)
 
     def check(self, examples: Examples) -> None:
         """Raise ValueError where the examples do not fit the model: width, task or label range."""
         if not isinstance(examples, Examples):
             raise TypeError(f"expected Examples(inputs, targets), got {type(examples).__name__}")
-        if examples.inputs.shape[1:] != self.train.inputs.shape[1:]:
-            expected, got = (", ".join(map(str, e.inputs.shape[1:])) for e in (self.train, examples))
-            raise ValueError(f"inputs must have shape (n, {expected}), got (n, {got})")
-        if examples.is_classification != self.train.is_classification:
-            raise ValueError(f"targets must be {self.train.targets.dtype} as in training, got {examples.targets.dtype}")
-        if examples.is_classification and int(examples.targets.max()) >= self.n_outputs:
-            raise ValueError(f"label {int(examples.targets.max())} is out of range for {self.n_outputs} outputs")
+        examples.expect_like(self.train, self.n_outputs)
 
     @cached_property
     def n_outputs(self) -> int:
@@ -296,3 +338,8 @@ class Problem:
     def _chunk(self, n_examples: int) -> int:
         width = sum(shape[0] for shape in self.shapes if len(shape) > 1)
         return max(1, CHUNK_FLOATS // (n_examples * max(width, 1)))
+
+
+def _check_target(target: str) -> None:
+    if target not in TARGETS:
+        raise ValueError(f"unknown target {target!r}, expected one of {TARGETS}")

@@ -375,7 +375,7 @@ def test_a_hessian_with_negative_eigenvalues_diverges_with_other_advice():
         ({"tail": -0.1}, r"tail must be in \[0, 1\], got -0.1"),
         ({"tail": 1.1}, "got 1.1"),
         ({"tail": math.nan}, "got nan"),
-        ({"curvature": "fisher"}, r"unknown curvature 'fisher', expected one of \('ggn', 'hessian'\)"),
+        ({"curvature": "kfac"}, r"unknown curvature 'kfac', expected one of \('ggn', 'hessian', 'fisher'\)"),
     ],
 )
 def test_impossible_settings_are_refused(changes, message):

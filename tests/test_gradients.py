@@ -444,8 +444,8 @@ def test_other_impossible_settings_are_refused():
     problem = random_problem()
     with pytest.raises(ValueError, match="dimension must be >= 1 or None, got 0"):
         trak(problem, dimension=0)
-    with pytest.raises(ValueError, match=r"unknown curvature 'fisher', expected one of \('ggn', 'hessian'\)"):
-        exact_influence(problem, curvature="fisher")
+    with pytest.raises(ValueError, match=r"unknown curvature 'kfac', expected one of \('ggn', 'hessian', 'fisher'\)"):
+        exact_influence(problem, curvature="kfac")
     with pytest.raises(ValueError, match=r"one rate per checkpoint, got 2 and 1"):
         tracin([problem, problem], [0.1])
     with pytest.raises(ValueError, match=r"one rate per checkpoint, got 0 and 0"):

@@ -9,7 +9,7 @@ from toys import FLOAT64, Branching, continuous, generator, labelled, random_pro
 
 from tda_core import probes as module
 from tda_core.examples import Examples
-from tda_core.probes import LayerProbe, TangentProbe, has_linear_layers_only, layer_probe
+from tda_core.probes import LayerProbe, TangentProbe, layer_probe
 from tda_core.problem import Problem
 
 QUERIES = labelled(6, seed=5)
@@ -179,7 +179,7 @@ each_flat_module = pytest.mark.parametrize("name", FLAT)
 @each_module
 def test_features_times_coordinates_are_gradients_along_directions(name):
     problem = make(name)
-    assert has_linear_layers_only(problem)
+    assert problem.linear_layers is not None
     probe, directions = exact(problem), normal(7, problem.n_parameters)
     expected = problem.gradients(problem.train) @ directions.T
     assert float(expected.abs().max()) > 0.1
@@ -256,7 +256,7 @@ def test_hooks_are_gone_after_a_failed_pass(monkeypatch):
     for mode in ("reverse", "forward"):
         with pytest.raises(ArithmeticError):
             probe.features(QUERIES, mode)
-        assert not any(part._forward_hooks for part in probe._module.modules())
+        assert not any(part._forward_hooks for part in probe.problem.placed.modules())
 
 
 def test_neither_mode_forms_parameter_gradients_and_forward_mode_runs_no_backward_pass(monkeypatch):
@@ -268,9 +268,9 @@ def test_neither_mode_forms_parameter_gradients_and_forward_mode_runs_no_backwar
         raise AssertionError("a backward pass")
 
     monkeypatch.setattr("tda_core.problem.grad", refuse)
-    monkeypatch.setattr("tda_core.problem.vjp", refuse)
+    monkeypatch.setattr("tda_core.layers.gradients", refuse)
     assert torch.equal(probe.features(QUERIES), expected["reverse"])
-    assert not any(value.requires_grad for value in probe._module.parameters())
+    assert not any(value.requires_grad for value in probe.problem.placed.parameters())
     monkeypatch.setattr(torch.autograd, "grad", refuse)
     assert torch.equal(probe.features(QUERIES, "forward"), expected["forward"])
     with pytest.raises(AssertionError, match="a backward pass"):
@@ -393,7 +393,7 @@ def flowing(problem: Problem, examples: Examples, name: str) -> tuple[Tensor, Te
         out.register_hook(deltas.append)
 
     handle = probe.layers[name].register_forward_hook(watch)
-    problem.loss(probe._module(examples.inputs), examples.targets).sum().backward()
+    problem.loss(probe.problem.placed(examples.inputs), examples.targets).sum().backward()
     handle.remove()
     x, delta = (part[0].reshape(len(examples), -1, part[0].shape[-1]) for part in (inputs, deltas))
     return x, delta / delta.flatten(1).norm(dim=1)[:, None, None]
@@ -445,6 +445,7 @@ def test_confident_examples_count_as_much_as_uncertain_ones():
         return problem.loss(outputs, targets) * size
 
     scaled = Problem(problem.module, problem.theta, problem.loss, problem.train)
+    assert scaled.linear_layers is not None  # found on one example, which `uneven` does not fit
     object.__setattr__(scaled, "loss", uneven)
     found, expected = (layer_probe(p, p.train, 0.6).factors for p in (scaled, problem))
     assert expected["0"][1] is not None
@@ -610,7 +611,7 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_modules_have_no_layer_probe(name):
     problem = Problem.from_module(OTHERS[name]().to(FLOAT64), "cross_entropy", labelled(12))
-    assert not has_linear_layers_only(problem)
+    assert problem.linear_layers is None
     assert not any(part._forward_hooks for part in problem.module.modules())
     with pytest.raises(
         ValueError, match=r"LayerProbe needs parameters that all lie in nn.Linear layers, each run once"
@@ -622,8 +623,8 @@ def test_other_modules_have_no_layer_probe(name):
 
 def test_norms_without_parameters_or_frozen_ones_are_no_hindrance():
     free = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5, elementwise_affine=False), nn.Linear(5, 3))
-    assert has_linear_layers_only(problem_of(free))
-    assert has_linear_layers_only(make("frozen_between"))
+    assert problem_of(free).linear_layers is not None
+    assert make("frozen_between").linear_layers is not None
     assert list(exact(make("frozen_between")).layers) == ["0", "5"]
     assert list(exact(make("frozen_below")).layers) == ["2", "4"]
 

@@ -414,10 +414,10 @@ def test_unknown_names_are_refused():
     problem = make()
     with pytest.raises(ValueError, match=r"unknown target 'logit', expected one of \('loss', 'margin', 'output'\)"):
         problem.gradients(problem.train, "logit")
-    with pytest.raises(ValueError, match=r"unknown curvature 'fisher', expected one of \('ggn', 'hessian'\)"):
-        problem.curvature_product(torch.ones(1, 43), "fisher")
-    with pytest.raises(ValueError, match="unknown curvature 'fisher'"):
-        problem.curvature("fisher")
+    with pytest.raises(ValueError, match=r"unknown curvature 'kfac', expected one of \('ggn', 'hessian', 'fisher'\)"):
+        problem.curvature_product(torch.ones(1, 43), "kfac")
+    with pytest.raises(ValueError, match="unknown curvature 'kfac'"):
+        problem.curvature("kfac")
     with pytest.raises(ValueError, match=r"unknown loss 'hinge', expected one of \['cross_entropy', 'squared_error'\]"):
         Problem.from_module(problem.module, "hinge", problem.train)
 

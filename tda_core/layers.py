@@ -1,0 +1,89 @@
+"""What flows through a module's linear layers: their inputs and, backwards, a loss' derivatives in their outputs.
+
+For a linear layer, an example's gradient is a sum over positions of delta x', with x what flows in and delta the
+loss' derivative in what flows out: one backward pass to the outputs serves a whole batch of examples, one by one.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+Watch = Callable[[str, Tensor, Tensor], Tensor | None]
+Flows = dict[str, tuple[Tensor, Tensor]]
+
+
+def linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers that are not frozen, by name."""
+    found = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
+    return {name: layer for name, layer in found.items() if any(value.requires_grad for value in layer.parameters())}
+
+
+def trained(
+    module: nn.Module, placed: nn.Module, names: tuple[str, ...], inputs: Tensor
+) -> dict[str, nn.Linear] | None:
+    """The linear layers of `placed` by name, if parameters of these names are theirs and each runs once on inputs.
+
+    placed: a frozen copy of `module`. inputs: (1, ...). None where other parameters are trained as well, or layers
+    run more than once, or are not ordinary.
+    """
+    found = {name: placed.get_submodule(name) for name in linear_layers(module)}
+    kinds = {name: ("weight",) if layer.bias is None else ("weight", "bias") for name, layer in found.items()}
+    owned = {f"{name}.{kind}".lstrip(".") for name, own in kinds.items() for kind in own}
+    if set(names) != owned or any(type(layer).forward is not nn.Linear.forward for layer in found.values()):
+        return None
+    runs: list[tuple[str, int]] = []
+    with watched(found, lambda name, _, out: runs.append((name, len(out)))), torch.no_grad():
+        placed(inputs)
+    return found if sorted(runs) == sorted((name, 1) for name in found) else None
+
+
+@contextmanager
+def watched(layers: Mapping[str, nn.Linear], watch: Watch) -> Iterator[None]:
+    """Call watch(layer name, input, output) -> output, None for the same, at each of the layers of a forward pass."""
+    hooks = [
+        layer.register_forward_hook(lambda _, args, out, name=name: watch(name, args[0], out))
+        for name, layer in layers.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def flows(layers: Mapping[str, nn.Linear], losses: Callable[[], Tensor]) -> Flows:
+    """By layer: what flows in (n, ..., d_in), and the losses' derivatives in what flows out (n, ..., d_out).
+
+    losses: () -> (n,), runs the module whose layers these are, each once; an example's loss must not depend on the
+    other examples.
+    """
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def watch(name: str, x: Tensor, out: Tensor) -> Tensor:
+        out = out if out.requires_grad else out.requires_grad_()
+        seen[name] = (x.detach(), out)
+        return out.clone()  # what follows may overwrite it
+
+    with torch.enable_grad(), watched(layers, watch):
+        total = losses().sum()
+        deltas = torch.autograd.grad(total, [out for _, out in seen.values()], materialize_grads=True)
+    return {name: (x, delta) for (name, (x, _)), delta in zip(seen.items(), deltas, strict=True)}
+
+
+def outer(delta: Tensor, x: Tensor) -> Tensor:
+    """Sums over positions of delta x', flattened: (n, ..., d_out), (n, ..., d_in) -> (n, d_out d_in)."""
+    if x.ndim > 2:
+        return (delta.flatten(1, -2).transpose(1, 2) @ x.flatten(1, -2)).flatten(1)
+    return (delta[:, :, None] * x[:, None, :]).flatten(1)
+
+
+def gradients(flowed: Flows, offsets: Mapping[str, slice]) -> Tensor:
+    """Each example's gradient in the layers' weights and biases: (n, p), in the order of the offsets."""
+    parts = []
+    for parameter in offsets:
+        layer, _, kind = parameter.rpartition(".")
+        x, delta = flowed[layer]
+        parts.append(outer(delta, x) if kind == "weight" else delta.flatten(1, -2).sum(1) if delta.ndim > 2 else delta)
+    return torch.cat(parts, 1)
