@@ -5,7 +5,7 @@ Its train sides are computed once; what is done to a query's gradient is plain d
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -68,6 +68,12 @@ class Attribution:
         for number, (problem, train_side) in enumerate(zip(self.problems, self.train_sides, strict=True)):
             total += self.query_side(problem, queries, number) @ train_side.T
         return total / len(self.problems)
+
+    def recorded(self, sizes: Sequence[int] = (1,)) -> "Attribution":
+        """The same method, which differentiates batches of these sizes by a recording (`tda_core.recording`)."""
+        if self.query_side.last_layer:
+            raise ValueError("a last-layer method runs the layers below by themselves, and cannot be recorded")
+        return replace(self, problems=tuple(p.recorded(sizes, self.query_side.target) for p in self.problems))
 
     def self_influence(self, chunk_size: int = 500) -> Tensor:
         """Each training example's score for itself as query: (n_train,)."""

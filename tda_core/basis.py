@@ -12,7 +12,8 @@ curvature is symmetric, in the gradient as well: c_b = (U' D R_Q / sigma) g_b, w
 The reconstruction of the paper's readout is in papers/forward_only; this factorisation of it is ours.
 """
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -124,6 +125,10 @@ class Basis:
             rows = (strata == label).nonzero()[:, 0]
             z[rows] = features[rows] @ self.reading[label].T
         return z, strata
+
+    def recorded(self, sizes: Sequence[int] = (1,)) -> "Basis":
+        """The same basis, which reads batches of these sizes by a recording (`tda_core.recording`)."""
+        return replace(self, probe=self.probe.recorded(sizes))
 
     @cached_property
     def _unseen(self) -> frozenset[int]:

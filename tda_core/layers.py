@@ -6,9 +6,13 @@ loss' derivative in what flows out: one backward pass to the outputs serves a wh
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from tda_core.problem import Problem
 
 Watch = Callable[[str, Tensor, Tensor], Tensor | None]
 Flows = dict[str, tuple[Tensor, Tensor]]
@@ -37,6 +41,18 @@ def trained(
     with watched(found, lambda name, _, out: runs.append((name, len(out)))), torch.no_grad():
         placed(inputs)
     return found if sorted(runs) == sorted((name, 1) for name in found) else None
+
+
+def tested(problem: "Problem") -> dict[str, nn.Linear] | None:
+    """`trained` layers of a problem, if a training example's gradient by layers is its gradient; else None."""
+    inputs, targets = problem.train.inputs[:1].to(problem.theta.dtype), problem.train.targets[:1]
+    found = trained(problem.module, problem.placed, problem.names, inputs)
+    if found is None:
+        return None
+    # a weight may be used outside of its layer as well, which no hook sees
+    by_layer = gradients(flows(found, lambda: problem.loss(problem.placed(inputs), targets)), problem.offsets)
+    plain = problem.gradients_one_by_one(inputs, targets)
+    return found if float((by_layer - plain).norm()) <= 1e-3 * float(plain.norm()) else None
 
 
 @contextmanager

@@ -9,7 +9,8 @@ two small products, and no tangent of the layer's size is ever formed (the facto
 used for projection as in LoGra, Choe et al. 2024).
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -18,8 +19,9 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from tda_core.examples import Examples
-from tda_core.layers import linear_layers, outer, watched
+from tda_core.layers import Flows, linear_layers, outer, watched
 from tda_core.problem import Problem
+from tda_core.recording import Function, record
 
 MODES = ("reverse", "forward")
 # Floats that one product holds at a time (64 MB).
@@ -55,6 +57,10 @@ class TangentProbe:
             raise ValueError(f"a TangentProbe reads in mode 'forward' only, got {mode!r}")
         return self.problem.derivatives_along(queries, maps)
 
+    def recorded(self, sizes: Sequence[int] = (1,)) -> "TangentProbe":
+        """Raises ValueError: forward-mode products cannot be recorded."""
+        raise ValueError("only probes of linear layers can be recorded, and this module has other parameters")
+
     def tensors(self) -> dict[str, Tensor]:
         return {}
 
@@ -64,11 +70,12 @@ class LayerProbe:
     """Per-layer factors for modules whose parameters all lie in `nn.Linear` layers, each used once.
 
     factors: for each layer by name, A (r_in, d_in [+ 1 with a bias]) and B (r_out, d_out) of orthonormal
-    rows; None stands for the identity. With identities everywhere the probe is exact.
+    rows; None stands for the identity. With identities everywhere the probe is exact. recordings: see `recorded`.
     """
 
     problem: Problem
     factors: dict[str, tuple[Tensor | None, Tensor | None]]
+    recordings: dict[int, Function] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if self.problem.linear_layers is None:
@@ -107,12 +114,18 @@ class LayerProbe:
         if mode not in MODES:
             raise ValueError(f"unknown mode {mode!r}, expected one of {MODES}")
         self.problem.check(examples)
-        reverse = mode == "reverse"
-        passed = self.problem.flows(examples.inputs, examples.targets) if reverse else self._forward(examples)
+        if mode == "forward":
+            return self._projected(self._forward(examples), of_rows=True)
+        if play := self.recordings.get(len(examples)):
+            return play(examples.inputs, examples.targets)
+        return self._projected(self.problem.flows(examples.inputs, examples.targets))
+
+    def _projected(self, flowed: Flows, *, of_rows: bool = False) -> Tensor:
+        """phi from what flows; of_rows: the derivatives are along B's rows already."""
         parts = []
         for name, layer in self.layers.items():  # not as they run, which may be in another order
-            (x, delta), (a, b) = passed[name], self.factors[name]
-            if b is not None and reverse:
+            (x, delta), (a, b) = flowed[name], self.factors[name]
+            if b is not None and not of_rows:
                 delta = delta @ b.T
             if layer.bias is not None:
                 x = x @ a[:, :-1].T + a[:, -1] if a is not None else F.pad(x, (0, 1), value=1.0)
@@ -120,6 +133,21 @@ class LayerProbe:
                 x = x @ a.T
             parts.append(outer(delta, x))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def recorded(self, sizes: Sequence[int] = (1,)) -> "LayerProbe":
+        """The same probe, whose features in mode "reverse" come from a recording for batches of these sizes.
+
+        Raises what `recording.record` raises.
+        """
+
+        def function(inputs: Tensor, targets: Tensor) -> Tensor:
+            return self._projected(self.problem.flows(inputs, targets))
+
+        train = self.problem.train.inputs, self.problem.train.targets
+        return replace(self, recordings=self.recordings | {size: record(function, *train, size) for size in sizes})
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "recordings": {}}  # which cannot be pickled
 
     def coordinates(self, directions: Tensor) -> Tensor:
         """rho of directions in parameter space: (k, p) -> (k, f); B R A' of each layer."""

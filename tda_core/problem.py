@@ -5,7 +5,7 @@ Every attribution method takes a `Problem`. Parameters travel as a vector theta 
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
@@ -14,16 +14,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 
 from tda_core import layers
-from tda_core.curvature import (
-    CURVATURES,
-    drawn_labels,
-    ggn_product,
-    hessian_product,
-    largest_eigenvalue,
-    mean_of_squares,
-)
+from tda_core.curvature import curvature_product, drawn_examples, fisher, largest_eigenvalue
 from tda_core.examples import Examples, hash_of
-from tda_core.models import LOSSES, cross_entropy, margin
+from tda_core.models import LOSSES, margin
+from tda_core.recording import Function, record
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 TARGETS = ("loss", "margin", "output")
@@ -38,7 +32,7 @@ class Problem:
     module: evaluated through `torch.func.functional_call`, never changed. theta: (p,) its parameters that require
     a gradient, in order; frozen ones are constants, so the last blocks of a large model can be a problem.
     loss: (outputs (n, C), targets (n,)) -> (n,). train: the training set. weight_decay: the lambda of
-    a lambda/2 ||theta||^2 term in the training objective, so that curvature includes it.
+    a lambda/2 ||theta||^2 term in the training objective, so that curvature includes it. recordings: see `recorded`.
     Raises ValueError where theta has the wrong length or is not finite, or labels are out of range.
     """
 
@@ -47,6 +41,7 @@ class Problem:
     loss: Loss
     train: Examples
     weight_decay: float = 0.0
+    recordings: dict[tuple[int, str], Function] = field(default_factory=dict, repr=False)
     names: tuple[str, ...] = field(init=False)
     shapes: tuple[torch.Size, ...] = field(init=False)
 
@@ -205,18 +200,40 @@ class Problem:
         """
         self.check(examples)
         _check_target(target)
+        if play := self.recordings.get((len(examples), target)):
+            return play(examples.inputs, examples.targets)
         parts = zip(examples.inputs.split(chunk_size), examples.targets.split(chunk_size), strict=True)
         if self.linear_layers is None:
-            found = [self._gradients_one_by_one(*part, target) for part in parts]
+            found = [self.gradients_one_by_one(*part, target) for part in parts]
         else:
             found = [layers.gradients(self.flows(*part, target), self.offsets) for part in parts]
         return found[0] if len(found) == 1 else torch.cat(found)
 
-    def _gradients_one_by_one(self, inputs: Tensor, targets: Tensor, target: str = "loss") -> Tensor:
+    def gradients_one_by_one(self, inputs: Tensor, targets: Tensor, target: str = "loss") -> Tensor:
+        """`gradients` of any module: (n, p)."""
+
         def one(x: Tensor, y: Tensor) -> Tensor:
             return grad(lambda theta: self.value(theta, x[None], y[None], target)[0])(self.theta)
 
         return vmap(one)(inputs, targets).detach()
+
+    def recorded(self, sizes: Sequence[int] = (1,), target: str = "loss") -> "Problem":
+        """The same problem, whose gradients for batches of these sizes come from a recording.
+
+        Raises ValueError for modules that have no `linear_layers`, and where `recording.record` does.
+        """
+        if self.linear_layers is None:
+            raise ValueError("only gradients of linear layers can be recorded, and this module has other parameters")
+
+        def function(inputs: Tensor, targets: Tensor) -> Tensor:
+            return layers.gradients(self.flows(inputs, targets, target), self.offsets)
+
+        train = self.train.inputs, self.train.targets
+        made = {(size, target): record(function, *train, size) for size in sizes}
+        return replace(self, recordings=self.recordings | made)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "recordings": {}}  # which cannot be pickled
 
     def flows(self, inputs: Tensor, targets: Tensor, target: str = "loss") -> layers.Flows:
         """By linear layer: what flows in, and each example's loss' derivatives in what flows out (`layers.flows`)."""
@@ -238,15 +255,7 @@ class Problem:
 
         None for other modules. Tested on a training example: its gradient by layers must be its gradient.
         """
-        inputs, targets = self.train.inputs[:1].to(self.theta.dtype), self.train.targets[:1]
-        found = layers.trained(self.module, self.placed, self.names, inputs)
-        if found is None:
-            return None
-        # a weight may be used outside of its layer as well, which no hook sees
-        flowed = layers.flows(found, lambda: self._scalar(self.placed(inputs), targets))
-        plain = self._gradients_one_by_one(inputs, targets)
-        off = layers.gradients(flowed, self.offsets) - plain
-        return found if float(off.norm()) <= 1e-3 * float(plain.norm()) else None
+        return layers.tested(self)
 
     def derivatives_along(self, examples: Examples, directions: Tensor, target: str = "loss") -> Tensor:
         """Forward-mode derivative of each example's loss along each direction: (k, p) -> (n, k).
@@ -259,47 +268,27 @@ class Problem:
         def value(theta: Tensor) -> Tensor:
             return self.value(theta, examples.inputs, examples.targets, target)
 
-        along = vmap(lambda v: jvp(value, (self.theta,), (v,))[1], chunk_size=self._chunk(len(examples)))
+        along = vmap(lambda v: jvp(value, (self.theta,), (v,))[1], chunk_size=self.chunk(len(examples)))
         with torch.no_grad():
             return along(directions).T
 
     def curvature_product(self, vectors: Tensor, kind: str = "ggn", rows: Tensor | None = None) -> Tensor:
         """(H + weight_decay I) v for every row v: (k, p) -> (k, p); H is a mean over training examples.
 
-        kind: one of `CURVATURES`; "fisher" holds a (p, p) matrix, or the gradients of `rows`, and needs the
-        loss cross_entropy. rows: indices of a mini-batch of training examples to average over instead of all.
+        kind: one of `curvature.CURVATURES`. rows: indices of a mini-batch of training examples to average over
+        instead of all. Raises ValueError for directions of another shape, and for what the kind cannot do.
         """
-        if kind not in CURVATURES:
-            raise ValueError(f"unknown curvature {kind!r}, expected one of {CURVATURES}")
-        vectors = self._check_directions(vectors)
-        if kind == "fisher":
-            drawn = None if rows is None else self.gradients(self._drawn[rows])
-            mapped = vectors @ self._fisher if drawn is None else vectors @ drawn.T @ drawn / len(drawn)
-            return mapped + self.weight_decay * vectors
-        batch = self.train if rows is None else self.train[rows]
-        if kind == "ggn":
-            outputs_at, loss = partial(self.outputs, batch.inputs), self.loss
-            product = ggn_product(outputs_at, lambda out: loss(out, batch.targets).mean(), self.theta)
-        else:
-            value = partial(self.value, inputs=batch.inputs, targets=batch.targets)
-            product = hessian_product(lambda theta: value(theta).mean(), self.theta)
-        with torch.no_grad():
-            mapped = vmap(product, chunk_size=self._chunk(len(batch)))(vectors)
-        return mapped + self.weight_decay * vectors
+        return curvature_product(self, self._check_directions(vectors), kind, rows)
 
     @cached_property
-    def _drawn(self) -> Examples:
+    def drawn(self) -> Examples:
         """The training examples with labels drawn from the model itself."""
-        if self.loss is not cross_entropy:
-            raise ValueError("curvature 'fisher' draws labels from the model: it needs the loss cross_entropy")
-        with torch.no_grad():
-            outputs = [self.outputs(inputs) for inputs in self.train.inputs.split(256)]
-        return Examples(self.train.inputs, drawn_labels(torch.cat(outputs)))
+        return drawn_examples(self)
 
     @cached_property
-    def _fisher(self) -> Tensor:
-        parts = torch.arange(len(self.train)).split(1024)
-        return mean_of_squares((self.gradients(self._drawn[rows]) for rows in parts), self.n_parameters)
+    def fisher(self) -> Tensor:
+        """Mean of g g' over `drawn`: (p, p)."""
+        return fisher(self)
 
     def curvature(self, kind: str = "ggn") -> Tensor:
         """The dense matrix H + weight_decay I (p, p), built column by column once; for small p only."""
@@ -335,7 +324,8 @@ class Problem:
             raise ValueError("directions must be finite: they hold NaN or infinity")
         return directions.to(self.theta.dtype)
 
-    def _chunk(self, n_examples: int) -> int:
+    def chunk(self, n_examples: int) -> int:
+        """How many directions a vectorised product over so many examples takes at a time."""
         width = sum(shape[0] for shape in self.shapes if len(shape) > 1)
         return max(1, CHUNK_FLOATS // (n_examples * max(width, 1)))
 
