@@ -218,15 +218,20 @@ class LayerProbe:
         return torch.eye(self.layers[name].out_features, dtype=self.problem.theta.dtype) if b is None else b
 
 
-def layer_probe(problem: Problem, examples: Examples, energy: float = 0.99) -> LayerProbe:
+def layer_probe(
+    problem: Problem, examples: Examples, energy: float = 0.99, *, max_rank: int | None = None
+) -> LayerProbe:
     """A `LayerProbe` whose factors keep this share of the second moments of x and delta over `examples`.
 
-    energy 1 keeps all: identities, an exact probe. Raises ValueError for energy outside (0, 1].
+    energy 1 keeps all: identities, an exact probe. max_rank: most rows that a factor has, whatever it then keeps.
+    Raises ValueError for energy outside (0, 1] and max_rank < 1.
     """
     if not 0 < energy <= 1:
         raise ValueError(f"energy must lie in (0, 1], got {energy}")
+    if max_rank is not None and max_rank < 1:
+        raise ValueError(f"max_rank must be >= 1, or None, got {max_rank}")
     whole = LayerProbe(problem, {name: (None, None) for name in linear_layers(problem.module)})
-    if energy == 1:
+    if energy == 1 and max_rank is None:
         return whole
     moments: dict[str, list[Tensor]] = {}
     for start in range(0, len(examples), 256):
@@ -240,13 +245,13 @@ def layer_probe(problem: Problem, examples: Examples, energy: float = 0.99) -> L
             flat = [part.flatten(0, -2) for part in (x, delta)]
             added = [part.T @ part for part in flat]
             moments[name] = [a + b for a, b in zip(moments[name], added, strict=True)] if name in moments else added
-    factors = {name: tuple(_leading(moment, energy) for moment in pair) for name, pair in moments.items()}
+    factors = {name: tuple(_leading(moment, energy, max_rank) for moment in pair) for name, pair in moments.items()}
     return LayerProbe(problem, factors)
 
 
-def _leading(moment: Tensor, energy: float) -> Tensor | None:
+def _leading(moment: Tensor, energy: float, max_rank: int | None) -> Tensor | None:
     """Leading eigenvectors as rows (r, d) that keep a share of the trace; None where nearly all are needed."""
     values, vectors = torch.linalg.eigh(moment.double())
     kept = values.flip(0).clamp_min(0).cumsum(0)
-    r = int((kept < energy * kept[-1]).sum()) + 1
+    r = min(int((kept < energy * kept[-1]).sum()) + 1, max_rank or len(moment))
     return None if r > FULL_ABOVE * len(moment) else vectors.flip(1)[:, :r].T.contiguous().to(moment.dtype)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 class Block(nn.Module):
     """Causal self-attention and a feed-forward layer, each added to its input: (n, T, d) -> (n, T, d).
 
+    With `last` only the last position is computed, which sees all others: (n, T, d) -> (n, 1, d).
     Raises ValueError where heads do not divide the width.
     """
 
@@ -25,16 +26,19 @@ class Block(nn.Module):
         self.up = nn.Linear(width, 4 * width, bias=False)
         self.down = nn.Linear(4 * width, width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.mix(self._attend(self.qkv(_normalised(x))))
+    def forward(self, x: Tensor, *, last: bool = False) -> Tensor:
+        mixed = self.mix(self._attend(self.qkv(_normalised(x)), last))
+        x = (x[:, -1:] if last else x) + mixed
         return x + self.down(F.gelu(self.up(_normalised(x))))
 
-    def _attend(self, qkv: Tensor) -> Tensor:
+    def _attend(self, qkv: Tensor, last: bool = False) -> Tensor:
         n, length, _ = qkv.shape
         q, k, v = qkv.view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (n, heads, T, d / heads) each
         allowed = torch.ones(length, length, dtype=torch.bool, device=qkv.device).tril()
+        if last:
+            q, allowed = q[:, :, -1:], allowed[-1:]
         weights = (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).masked_fill(~allowed, -torch.inf).softmax(-1)
-        return (weights @ v).transpose(1, 2).reshape(n, length, -1)
+        return (weights @ v).transpose(1, 2).flatten(2)
 
 
 class Transformer(nn.Module):
@@ -73,9 +77,9 @@ class LastBlocks(nn.Module):
         self.head = model.head.requires_grad_(False)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             hidden = block(hidden)
-        return self.head(_normalised(hidden[:, -1]))
+        return self.head(_normalised(self.blocks[-1](hidden, last=True)[:, 0]))
 
 
 def _normalised(x: Tensor) -> Tensor:

@@ -33,6 +33,12 @@ def test_a_position_sees_nothing_that_comes_later():
     assert not torch.allclose(first[:, 4:], second[:, 4:])
 
 
+def test_the_last_position_alone_is_the_last_of_all():
+    torch.manual_seed(0)
+    block, x = Block(8, 2).to(FLOAT64), torch.randn(4, 6, 8, generator=generator(2), dtype=FLOAT64)
+    torch.testing.assert_close(block(x, last=True), block(x)[:, -1:])
+
+
 @pytest.mark.parametrize("n_blocks", [1, 2, 3])
 def test_the_last_blocks_finish_what_the_first_began(n_blocks):
     whole = model()
