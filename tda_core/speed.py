@@ -1,6 +1,8 @@
 """Wall-clock measurements that compare implementations in one run, on one core."""
 
 import importlib.util
+import resource
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,6 +28,12 @@ def seconds(function: Callable[[], Any], repeats: int = 3) -> float:
         function()
         times.append(time.perf_counter() - start)
     return min(times)
+
+
+def peak_memory() -> int:
+    """The most memory that this process has held so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def retraining_rates(recipe: Recipe, data: Examples, *, n_loop: int = 2) -> dict[str, float]:

@@ -7,6 +7,7 @@ is written out: forward-mode derivatives do not go through the fused kernels.
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm.auto import tqdm
 
 
 class Block(nn.Module):
@@ -80,6 +81,40 @@ class LastBlocks(nn.Module):
         for block in self.blocks[:-1]:
             hidden = block(hidden)
         return self.head(_normalised(self.blocks[-1](hidden, last=True)[:, 0]))
+
+
+def train_transformer(
+    model: Transformer, tokens: Tensor, *, steps: int, batch_size: int = 32, rate: float = 1e-3, seed: int = 0
+) -> list[float]:
+    """Train in place to predict every next token of random windows (n, T + 1) by AdamW; the loss (nats) of each step.
+
+    The rate rises over the first tenth of the steps and falls to zero linearly. Raises ValueError for steps < 1.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be >= 1, got {steps}")
+    generator = torch.Generator().manual_seed(seed)
+    optimiser = torch.optim.AdamW(model.parameters(), rate)
+    rise = max(1, steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda step: min((step + 1) / rise, (steps - step) / max(1, steps - rise))
+    )
+    losses = []
+    for _ in tqdm(range(steps), desc="training the transformer", leave=False):
+        batch = tokens[torch.randint(0, len(tokens), (batch_size,), generator=generator)]
+        loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def hidden_states(model: Transformer, tokens: Tensor, blocks: int, *, batch_size: int = 100) -> Tensor:
+    """What flows into the block after the first `blocks`, with no gradient kept: (n, T) -> (n, T, d)."""
+    parts = tqdm(tokens.split(batch_size), desc="hidden states", leave=False)
+    with torch.no_grad():
+        return torch.cat([model.hidden(part, blocks) for part in parts])
 
 
 def _normalised(x: Tensor) -> Tensor:

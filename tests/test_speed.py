@@ -9,6 +9,7 @@ import torch
 from tda_core import speed
 from tda_core.examples import Examples
 from tda_core.recipes import Recipe
+from tda_core.speed import peak_memory
 
 
 def test_seconds_takes_the_shortest():
@@ -43,3 +44,10 @@ def test_dattri_retrains_the_number_asked(monkeypatch):
     data = Examples(torch.randn(20, 4), torch.arange(20) % 2)
     speed._retrain_with_dattri(Recipe(layers=(4, 2), epochs=1, batch_size=5), data, 3)
     assert seen == [{"num_subsets": 3, "subset_ratio": 0.5, "seed": 0}]
+
+
+def test_peak_memory_grows_with_what_is_held():
+    before = peak_memory()
+    assert 10e6 < before < 1e12
+    held = torch.ones(max(40_000_000, before // 4))  # as much as there was before, or more
+    assert peak_memory() >= held.nbytes

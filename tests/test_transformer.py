@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 from toys import FLOAT64, generator
 
-from tda_core.transformer import Block, LastBlocks, Transformer
+from tda_core.transformer import Block, LastBlocks, Transformer, hidden_states, train_transformer
 
 
 def model() -> Transformer:
@@ -45,6 +45,26 @@ def test_the_last_blocks_finish_what_the_first_began(n_blocks):
     last = LastBlocks(whole, n_blocks)
     torch.testing.assert_close(last(whole.hidden(TOKENS, 3 - n_blocks)), whole(TOKENS)[:, -1])
     assert not last.head.weight.requires_grad and all(p.requires_grad for p in last.blocks.parameters())
+
+
+def test_training_learns_a_pattern_and_is_the_same_twice():
+    tokens = (torch.arange(40)[:, None] + torch.arange(7)) % 7  # the next token is always one higher
+    first, second = model().float(), model().float()
+    losses = train_transformer(first, tokens, steps=60, batch_size=16, rate=3e-2)
+    assert losses[0] > 1.5 and losses[-1] < 0.1
+    assert losses == train_transformer(second, tokens, steps=60, batch_size=16, rate=3e-2)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert losses != train_transformer(model().float(), tokens, steps=60, batch_size=16, rate=3e-2, seed=1)
+    with pytest.raises(ValueError, match="steps must be >= 1, got 0"):
+        train_transformer(first, tokens, steps=0)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 100])
+def test_hidden_states_are_those_of_the_model(batch_size):
+    whole = model()
+    found = hidden_states(whole, TOKENS, 2, batch_size=batch_size)
+    torch.testing.assert_close(found, whole.hidden(TOKENS, 2))
+    assert not found.requires_grad
 
 
 def test_bad_sizes_are_named():
