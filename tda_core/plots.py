@@ -11,9 +11,10 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from scipy.stats import spearmanr
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
@@ -133,8 +134,7 @@ def method_bars(
     axis.set_yticks(range(len(order)), [name.replace("_", " ").replace("/", ", ") for name in order])
     axis.grid(False, axis="y")
     if log_x:
-        axis.set_xscale("log")
-        axis.xaxis.set_major_formatter(PLAIN_NUMBERS)
+        _log_axis(axis.xaxis)
         axis.set_xlim(left / 2, right * (right / left) ** 0.12)
     else:
         left = min(0.0, left)
@@ -159,6 +159,7 @@ def curves(
     labels: Labels,
     *,
     log_x: bool = False,
+    log_y: bool = False,
     lines: Mapping[str, float] | None = None,
 ) -> Figure:
     """One line with markers a series over shared x values; `lines` are labelled horizontal references.
@@ -177,8 +178,9 @@ def curves(
         style = ("--", ":", "-.")[index % 3]
         axis.axhline(value, color=GREY, linestyle=style, linewidth=2, label=f"{name} ({value:.2f})")
     if log_x:
-        axis.set_xscale("log")
-        axis.xaxis.set_major_formatter(PLAIN_NUMBERS)
+        _log_axis(axis.xaxis)
+    if log_y:
+        _log_axis(axis.yaxis)
     _label(axis, labels)
     axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
@@ -204,8 +206,7 @@ def tradeoff(
         axis.errorbar([cost], [quality.value], yerr=bars, linestyle="", capsize=4, label=name, **look)
     for name, cost in lines.items():
         axis.axvline(cost, color=GREY, linestyle="--", linewidth=2, label=name)
-    axis.set_xscale("log")
-    axis.xaxis.set_major_formatter(PLAIN_NUMBERS)
+    _log_axis(axis.xaxis)
     _label(axis, labels)
     axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), title="filled: ours")
     return figure
@@ -251,6 +252,16 @@ def _image(axis: plt.Axes, example: tuple[np.ndarray, str], colour: str) -> None
     axis.grid(False)
     for spine in axis.spines.values():
         spine.set(visible=True, color=colour, linewidth=3)
+
+
+def _log_axis(axis: Axis) -> None:
+    """A logarithmic axis with plain numbers at 1, 2 and 5, or at powers of ten alone where there are many."""
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    low, high = axis.get_view_interval()
+    few = low > 0 and high / low < 300
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
+    axis.set_major_formatter(PLAIN_NUMBERS)
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _ends(estimate: Any) -> tuple[float, float]:

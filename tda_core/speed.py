@@ -5,14 +5,18 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tda_core.examples import Examples
 from tda_core.models import LOSSES, mlp
+from tda_core.problem import Problem
 from tda_core.recipes import Recipe
+from tda_core.simulation import ForwardOnly
 from tda_core.subsets import random_subsets
 from tda_core.threads import one_thread
 from tda_core.training import train_loop, train_many
@@ -28,6 +32,53 @@ def seconds(function: Callable[[], Any], repeats: int = 3) -> float:
         function()
         times.append(time.perf_counter() - start)
     return min(times)
+
+
+def query_costs(
+    methods: Mapping[str, Any], queries: Examples, batches: Sequence[int], *, budget: float = 0.3
+) -> dict[str, dict[int, float]]:
+    """Milliseconds per query of each method's scores(queries), by batch size, on one thread.
+
+    The first queries are asked, again and again until `budget` seconds have passed (3 times at least), and the shortest
+    call counts: what it takes when nothing else interferes. Raises ValueError for a batch that is larger than the
+    queries, or below 1.
+    """
+    for batch in batches:
+        if not 1 <= batch <= len(queries):
+            raise ValueError(f"a batch must lie in 1..{len(queries)}, the queries there are, got {batch}")
+    costs: dict[str, dict[int, float]] = {}
+    with one_thread():
+        for name, method in methods.items():
+            costs[name] = {}
+            for batch in batches:
+                few, times, end = queries[:batch], [], time.perf_counter() + budget
+                while len(times) < 3 or time.perf_counter() < end:
+                    times.append(seconds(lambda method=method, few=few: method.scores(few), 1))
+                costs[name][batch] = 1e3 * min(times) / batch
+    return costs
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """A plain forward pass behind the door of a method: the least that reading a query can cost."""
+
+    problem: Problem
+
+    def scores(self, queries: Examples) -> Tensor:
+        """The losses, in place of scores: (n_query, 1)."""
+        return self.problem.losses(queries)[:, None]
+
+
+@dataclass(frozen=True)
+class Readout:
+    """A forward-only method with another of its readouts."""
+
+    method: ForwardOnly
+    readout: str
+
+    def scores(self, queries: Examples) -> Tensor:
+        """Scores (n_query, n_train)."""
+        return self.method.scores(queries, self.readout)
 
 
 def peak_memory() -> int:

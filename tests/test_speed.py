@@ -5,11 +5,14 @@ import time
 
 import pytest
 import torch
+from toys import labelled, random_problem
 
 from tda_core import speed
+from tda_core.dynamics import Dynamics
 from tda_core.examples import Examples
 from tda_core.recipes import Recipe
-from tda_core.speed import peak_memory
+from tda_core.simulation import simulate
+from tda_core.speed import ForwardPass, Readout, peak_memory, query_costs
 
 
 def test_seconds_takes_the_shortest():
@@ -51,3 +54,34 @@ def test_peak_memory_grows_with_what_is_held():
     assert 10e6 < before < 1e12
     held = torch.ones(max(40_000_000, before // 4))  # as much as there was before, or more
     assert peak_memory() >= held.nbytes
+
+
+class Slow:
+    """Takes some milliseconds a call and some more a query, and notes what it is asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def scores(self, queries: Examples) -> torch.Tensor:
+        assert torch.get_num_threads() == 1
+        self.asked.append(len(queries))
+        time.sleep(0.002 + 0.004 * len(queries))
+        return torch.zeros(len(queries), 1)
+
+
+def test_query_costs_are_per_query_and_of_each_batch():
+    slow, other = Slow(), Slow()
+    costs = query_costs({"slow": slow, "other": other}, labelled(8), [1, 4], budget=0.04)
+    assert {name: list(of_batch) for name, of_batch in costs.items()} == {"slow": [1, 4], "other": [1, 4]}
+    assert costs["slow"][1] >= 6 and costs["slow"][4] >= 4.5
+    assert slow.asked.count(1) >= 3 and slow.asked.count(4) >= 3 and set(slow.asked) == {1, 4}
+    for batch in (0, 9):
+        with pytest.raises(ValueError, match=f"a batch must lie in 1..8, the queries there are, got {batch}"):
+            query_costs({"slow": slow}, labelled(8), [1, batch])
+
+
+def test_forward_passes_and_readouts_stand_in_for_methods():
+    problem, queries = random_problem(), labelled(3, seed=2)
+    assert torch.equal(ForwardPass(problem).scores(queries)[:, 0], problem.losses(queries))
+    method = simulate(problem, Dynamics(horizon=3))
+    assert torch.equal(Readout(method, "two_trajectory").scores(queries), method.scores(queries, "two_trajectory"))
