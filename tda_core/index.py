@@ -23,7 +23,7 @@ from tda_core.basis_fit import fit_basis
 from tda_core.dynamics import Dynamics
 from tda_core.examples import Examples
 from tda_core.files import source_fingerprint
-from tda_core.index_files import Part, check_expected, read_folder, write_folder
+from tda_core.index_files import Part, check_expected, read_folder, shard_metadata, write_folder
 from tda_core.problem import Problem
 from tda_core.shards import Shard, different_ids, int64_ids, merged, strongest
 from tda_core.simulation import count_groups
@@ -191,7 +191,7 @@ class Index:
         folder = Path(folder).absolute()
         identity, tensors = self.basis.problem.identity, self.basis.tensors()
         basis = Part("basis", tensors, checksum(tensors), {"basis": self.basis.settings(), **identity})
-        metadata = {"basis": basis.file, "dtype": self.dtype, "units": self.units}
+        metadata = shard_metadata(basis.file, self.dtype, self.units)
         shards = [Part("shard", shard.tensors(), shard.checksum, metadata) for shard in self.shards]
         described = {"code": self.code or _code(), **identity, "dtype": self.dtype, "units": self.units}
         described |= {"rank": self.basis.rank, "settings": self.basis.settings()}
@@ -277,10 +277,8 @@ def index_examples(
     ids = different_ids(torch.arange(n) if ids is None else ids, n)
     if n_shards == 1:
         return Index.from_coefficients(basis, basis.coefficients(examples), ids=ids, dtype=dtype)
-    jobs = [
-        joblib.delayed(_encoded)(basis, examples[rows], ids[rows], dtype)
-        for rows in torch.arange(n).tensor_split(n_shards)
-    ]
+    parts = torch.arange(n).tensor_split(n_shards)
+    jobs = [joblib.delayed(_encoded)(basis, examples[rows], ids[rows], dtype) for rows in parts]
     results = joblib.Parallel(n_jobs=-1, return_as="generator")(jobs)
     return Index(basis, tuple(tqdm(results, total=n_shards, desc="indexing shards", leave=False)), dtype)
 

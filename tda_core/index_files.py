@@ -46,6 +46,11 @@ class Part:
         return f"{self.kind}-{fingerprint([self.sha256, self.metadata])}.safetensors"
 
 
+def shard_metadata(basis_file: str, dtype: str, units: str) -> dict[str, str]:
+    """What each shard's file says of the index that it belongs to."""
+    return {"basis": basis_file, "dtype": dtype, "units": units}
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of an index.
 
@@ -81,7 +86,9 @@ def read_folder(
         manifest = read_manifest(folder)
         check(manifest)
         try:
-            basis, *shards = (_mapped(folder, entry, verify) for entry in (manifest["basis"], *manifest["shards"]))
+            said = shard_metadata(manifest["basis"]["file"], manifest["dtype"], manifest["units"])
+            shards = [_mapped(folder, entry, verify, said) for entry in manifest["shards"]]
+            basis = _mapped(folder, manifest["basis"], verify)
             return manifest, {name: tensor.clone() for name, tensor in basis.items()}, shards
         except FileNotFoundError as error:
             # a writer may have replaced the manifest meanwhile, and deleted what only the old one named
@@ -180,15 +187,20 @@ def _written(folder: Path, part: Part) -> dict[str, Any]:
     return described | ({"rows": part.tensors["codes"].shape[1]} if part.kind == "shard" else {})
 
 
-def _mapped(folder: Path, entry: Mapping[str, Any], verify: bool) -> dict[str, Tensor]:
+def _mapped(
+    folder: Path, entry: Mapping[str, Any], verify: bool, said: Mapping[str, Any] | None = None
+) -> dict[str, Tensor]:
+    """The tensors of a part. Raises CorruptFile where its file is not what the manifest says, or not of `said`."""
     path = folder / entry["file"]
     found = path.stat().st_size
     if found != entry["bytes"]:
         raise CorruptFile(f"{path} is truncated or damaged: it has {found} bytes, but the manifest {entry['bytes']}")
-    tensors, _, recorded = map_tensors(path)
+    tensors, metadata, recorded = map_tensors(path)
     recorded = checksum(tensors) if verify else recorded
     if recorded != entry["sha256"]:
         raise CorruptFile(f"{path} is damaged: it has checksum {recorded}, but the manifest {entry['sha256']}")
+    if said is not None and metadata != said:
+        raise CorruptFile(f"{path} belongs to another index: it is of {metadata}, but the manifest of {said}")
     return tensors
 
 

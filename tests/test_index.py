@@ -410,6 +410,12 @@ def test_damage_is_noticed(folder):
         Index.load(folder, PROBLEM)
 
 
+def test_a_shard_of_another_index_is_refused(folder):
+    changed(folder, dtype="int8")
+    with pytest.raises(CorruptFile, match=r"belongs to another index: it is of .*'float32'.*manifest of .*'int8'"):
+        Index.load(folder, PROBLEM)
+
+
 def test_an_edited_manifest_is_noticed(folder):
     path = folder / "index.json"
     whole = path.read_text()
