@@ -179,7 +179,7 @@ class Basis:
         described = {"probe": kind, "kept": self.kept, "kept_at": kept_at}
         return described | {"fit": asdict(self.setting), "dynamics": asdict(self.dynamics)}
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """16 hex digits over tensors and settings: shards fit together where these are equal."""
         return fingerprint({"tensors": self.tensors(), "settings": self.settings()})

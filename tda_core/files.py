@@ -14,23 +14,25 @@ from tda_core import paths
 TEMPORARY = ".partial-"  # how the names of unfinished files begin; whoever finds one may delete it
 
 
-def atomic_write(path: str | Path, data: bytes | str) -> None:
-    """Write `data` (text as UTF-8) to `path` so that a reader sees the old file or the new one, never a part.
+def atomic_write(path: str | Path, *pieces: bytes | str | memoryview) -> None:
+    """Write pieces (text as UTF-8), one after another, so that a reader sees the old file or the new, never a part.
 
     Raises OSError naming the path when the disk is full, the folder read-only, or a file stands where a
     folder should be; the old file then still stands and nothing is left beside it.
     """
     path = Path(path)
-    if not isinstance(data, bytes | str):
-        raise TypeError(f"data for {path} must be bytes or str, got {type(data).__name__}")
-    view = memoryview(data.encode() if isinstance(data, str) else data)
+    for piece in pieces:
+        if not isinstance(piece, bytes | str | memoryview):
+            raise TypeError(f"data for {path} must be bytes or str, got {type(piece).__name__}")
     temporary = path.parent / f"{TEMPORARY}{uuid.uuid4().hex[:12]}-{path.name}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
-            while view:
-                view = view[os.write(handle, view) :]  # one call may take only a part
+            for piece in pieces:
+                view = memoryview(piece.encode() if isinstance(piece, str) else piece)
+                while view:
+                    view = view[os.write(handle, view) :]  # one call may take only a part
             os.fsync(handle)  # before the rename: else a power cut can leave an empty file under the new name
         finally:
             os.close(handle)

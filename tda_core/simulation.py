@@ -54,17 +54,25 @@ def last_response(problem: Problem, dynamics: Dynamics, push: Tensor, *, progres
 
 
 def sum_groups(rows: Tensor, groups: Tensor) -> Tensor:
-    """Sums of rows that share a group: (n, p), (n,) int64 -> (n_groups, p), groups 0 to the highest.
+    """Sums of rows that share a group: (n, p), (n,) int64 -> (n_groups, p). Raises what `count_groups` raises."""
+    n_groups = count_groups(groups, len(rows))
+    return torch.zeros(n_groups, rows.shape[1], dtype=rows.dtype).index_add_(0, groups, rows)
+
+
+def count_groups(groups: Tensor, n: int) -> int:
+    """How many groups n rows fall in, given the group of each.
 
     Raises ValueError where groups are not n whole numbers from 0 on, or a number in between is missing.
     """
-    if groups.dtype != torch.int64 or groups.shape != (len(rows),):
-        raise ValueError(f"groups must be {len(rows)} int64 numbers, got {groups.dtype} of shape {tuple(groups.shape)}")
+    if groups.dtype != torch.int64 or groups.shape != (n,):
+        raise ValueError(f"groups must be {n} int64 numbers, got {groups.dtype} of shape {tuple(groups.shape)}")
+    if not n:
+        raise ValueError("there is nothing to group: 0 rows")
     counts = torch.bincount(groups.clamp_min(0))
     if int(groups.min()) < 0 or bool((counts == 0).any()):
         empty = int(groups.min()) if int(groups.min()) < 0 else int((counts == 0).nonzero()[0])
         raise ValueError(f"groups must be numbered 0 to {len(counts) - 1} without gaps, but look at {empty}")
-    return torch.zeros(len(counts), rows.shape[1], dtype=rows.dtype).index_add_(0, groups, rows)
+    return len(counts)
 
 
 def simulate_literal(recipe: Recipe, problem: Problem, *, amplitude: float = 1.0, **variants) -> "ForwardOnly":

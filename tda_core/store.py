@@ -27,14 +27,21 @@ __all__ = [
     "Store",
     "atomic_write",
     "canonical",
+    "checksum",
     "fingerprint",
     "load_tensors",
+    "map_tensors",
     "reachable_modules",
     "save_tensors",
     "source_fingerprint",
 ]
 
 log = logging.getLogger(__name__)
+
+# Bytes that the first tensor of a file starts at a multiple of: mapped, it is aligned as one in memory is.
+ALIGNMENT = 64
+# What reading a file that is not whole, or not ours, can raise
+UNREADABLE = (safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError)
 
 
 class CorruptFile(ValueError):
@@ -86,6 +93,16 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 (hex) over the names, types, shapes and contents of tensors on the CPU."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Write tensors with JSON metadata and a checksum to a safetensors file, atomically.
 
@@ -97,8 +114,11 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
             raise TypeError(f"{path}: expected tensors by name, got {type(tensor).__name__} under {name!r}")
     # cloned, because safetensors refuses tensors that share memory
     held = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
-    header = {"tda": json.dumps(metadata, sort_keys=True), "sha256": _digest(held)}
-    atomic_write(path, safetensors.torch.save(held, metadata=header))
+    header = {"tda": json.dumps(metadata, sort_keys=True), "sha256": checksum(held)}
+    file = memoryview(safetensors.torch.save(held, metadata=header))
+    end = 8 + int.from_bytes(file[:8], "little")
+    filler = b" " * (-end % ALIGNMENT)  # which a header may end with
+    atomic_write(path, (end - 8 + len(filler)).to_bytes(8, "little"), file[8:end], filler, file[end:])
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -112,11 +132,30 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
         tensors = safetensors.torch.load(data)
         metadata, expected = json.loads(header["tda"]), header["sha256"]
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except UNREADABLE as error:
         raise CorruptFile(f"{path} is truncated or was not written by tda_core ({error})") from error
-    if _digest(tensors) != expected:
+    if checksum(tensors) != expected:
         raise CorruptFile(f"{path} is damaged: its contents do not match their checksum")
     return tensors, metadata
+
+
+def map_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+    """Tensors, metadata and checksum that `save_tensors` wrote, where the tensors stay on disk until they are used.
+
+    Pages of the file come and go as memory allows; writing to a tensor does not reach the file, which must
+    not be changed in place meanwhile. The checksum is what the file says: the contents are not read here.
+    Raises what `load_tensors` raises, but for damage that leaves the file's length and header as they were.
+    """
+    path = Path(path)
+    if not path.stat().st_size:
+        raise CorruptFile(f"{path} is empty")  # which cannot be mapped
+    try:
+        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+            header = file.metadata()
+            metadata, recorded = json.loads(header["tda"]), header["sha256"]
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata, recorded
+    except UNREADABLE as error:
+        raise CorruptFile(f"{path} is truncated or was not written by tda_core ({error})") from error
 
 
 class Store:
@@ -189,12 +228,3 @@ def _describe_array(value: Tensor | np.ndarray, where: str) -> list[Any]:
 def _bytes(tensor: Tensor) -> memoryview:
     """Raw contents of a CPU tensor of any type (numpy knows no bfloat16, so they are viewed as bytes)."""
     return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(_bytes(tensor))
-    return digest.hexdigest()

@@ -14,8 +14,10 @@ from tda_core.store import (
     CorruptFile,
     Store,
     atomic_write,
+    checksum,
     fingerprint,
     load_tensors,
+    map_tensors,
     reachable_modules,
     save_tensors,
     source_fingerprint,
@@ -52,7 +54,7 @@ def test_atomic_write_makes_folders_and_replaces(tmp_path):
 def test_atomic_write_goes_on_after_short_writes(tmp_path, monkeypatch):
     real = os.write
     monkeypatch.setattr(os, "write", lambda handle, data: real(handle, bytes(data)[:3]))
-    atomic_write(tmp_path / "file", b"0123456789")
+    atomic_write(tmp_path / "file", b"01234", "", memoryview(b"567"), "89")
     assert (tmp_path / "file").read_bytes() == b"0123456789"
 
 
@@ -180,6 +182,40 @@ def test_foreign_and_absent_files(tmp_path):
         load_tensors(tmp_path / "foreign")
     with pytest.raises(FileNotFoundError):
         load_tensors(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("length", range(0, 70, 7))
+def test_mapped_tensors_are_those_that_were_saved_and_aligned(tmp_path, length):
+    path = tmp_path / "x.safetensors"
+    save_tensors(path, TENSORS, {"pad": "x" * length})
+    tensors, metadata, recorded = map_tensors(path)
+    assert same(tensors, TENSORS) and metadata == {"pad": "x" * length}
+    assert recorded == checksum(tensors) == checksum(TENSORS)
+    assert min(tensor.data_ptr() for tensor in tensors.values() if tensor.numel()) % 64 == 0
+    tensors["scalar"].zero_()
+    assert same(load_tensors(path)[0], TENSORS)  # the file is as it was
+
+
+def test_mapping_notices_every_truncation_and_foreign_and_absent_files(tmp_path):
+    import safetensors.torch
+
+    path = tmp_path / "x.safetensors"
+    save_tensors(path, {"a": torch.arange(4.0)}, {"n": 1})
+    data = path.read_bytes()
+    for length in range(len(data)):
+        path.write_bytes(data[:length])
+        with pytest.raises(CorruptFile, match=r"x\.safetensors"):
+            map_tensors(path)
+    safetensors.torch.save_file({"a": torch.ones(1)}, tmp_path / "foreign")
+    with pytest.raises(CorruptFile, match="foreign"):
+        map_tensors(tmp_path / "foreign")
+    with pytest.raises(FileNotFoundError):
+        map_tensors(tmp_path / "absent")
+
+
+def test_a_checksum_tells_names_types_shapes_and_contents_apart():
+    values = [torch.zeros(2), torch.zeros(2, 1), torch.zeros(2, dtype=torch.int32), torch.ones(2)]
+    assert len({checksum({name: value}) for value in values for name in "ab"}) == 8
 
 
 def test_save_refuses_what_is_not_a_tensor(tmp_path):
