@@ -25,20 +25,10 @@ from tda_core.examples import Examples
 from tda_core.files import source_fingerprint
 from tda_core.index_files import Part, check_expected, read_folder, shard_metadata, write_folder
 from tda_core.problem import Problem
-from tda_core.shards import Shard, different_ids, int64_ids, merged, strongest
+from tda_core.shards import Shard, Top, different_ids, int64_ids, merged, strongest
 from tda_core.simulation import count_groups
 from tda_core.store import checksum
 from tda_core.threads import one_thread
-
-
-@dataclass(frozen=True, eq=False)
-class Top:
-    """The strongest units of each query, ids and scores (n_query, k), strongest first."""
-
-    proponents: Tensor
-    proponent_scores: Tensor
-    opponents: Tensor
-    opponent_scores: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +79,9 @@ class Index:
     def scores(self, queries: Examples) -> Tensor:
         """Scores (n_query, n), positive for proponents, columns in the order of `ids`; streamed in blocks."""
         z, strata = self._read(queries)
+        if self.basis.n_strata == 1 and len(self.shards) == 1:
+            products = [z @ block.T for _, block in self._blocks(0, len(z))]
+            return products[0] if len(products) == 1 else torch.cat(products, 1)
         found = torch.empty(len(z), len(self), dtype=z.dtype)
         for stratum, rows in _by_stratum(strata, self.basis.n_strata):
             for start, block in self._blocks(stratum, len(z)):
@@ -115,6 +108,10 @@ class Index:
                 values[rows], where[rows] = found
         (high, first), (low, last) = ends
         return Top(self.ids[first], high, self.ids[last], -low)
+
+    def recorded(self, sizes: Sequence[int] = (1,)) -> "Index":
+        """The same index, which reads batches of these sizes by a recording (`tda_core.recording`)."""
+        return replace(self, basis=self.basis.recorded(sizes))
 
     def append(self, examples: Examples, ids: Tensor | None = None, *, n_shards: int = 1) -> "Index":
         """The index with further examples, whose coefficients alone are computed; ids go on after the largest.

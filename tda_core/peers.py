@@ -246,10 +246,16 @@ PEERS: dict[str, Callable[[Problem], Peer]] = {
 }
 
 
-def installed() -> list[str]:
-    """The names in PEERS whose packages are installed."""
+# Not projected, or hundreds of Hessian products: for small models alone.
+SMALL_ONLY = ("traker/unprojected", "dattri/unprojected", "captum")
+
+
+def installed(problem: Problem | None = None) -> list[str]:
+    """The names in PEERS whose packages are installed; of a problem, those that are fitted on it in a minute or so."""
+    small = problem is None or problem.n_parameters <= KERNEL_LIMIT
     found = {package: importlib.util.find_spec(package) is not None for package in ("trak", "dattri", "captum")}
-    return [name for name in PEERS if found[name.split("/")[0].replace("traker", "trak")]]
+    there = [name for name in PEERS if found[name.split("/")[0].replace("traker", "trak")]]
+    return [name for name in there if small or name not in SMALL_ONLY]
 
 
 def _import(package: str, module: str) -> ModuleType:

@@ -99,6 +99,16 @@ class Shard:
                 yield block.float()  # itself, where nothing needs converting
 
 
+@dataclass(frozen=True, eq=False)
+class Top:
+    """The strongest units of each query, ids and scores (n_query, k), strongest first."""
+
+    proponents: Tensor
+    proponent_scores: Tensor
+    opponents: Tensor
+    opponent_scores: Tensor
+
+
 def strongest(scores: Tensor, k: int) -> Tensor:
     """Columns of the k highest of each row (q, n), or of all n, highest first; equal scores by the lower column."""
     k = min(k, scores.shape[1])
