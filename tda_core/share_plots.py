@@ -56,7 +56,7 @@ def grouped_bars(values: Mapping[str, Sequence[float]], groups: Sequence[str], l
         places = np.arange(len(groups)) - 0.4 + (index + 0.5) * width
         axis.bar(places, heights, width, label=name, color=_shade(index))
     axis.axhline(0, color="black", linewidth=1)
-    axis.set_xticks(range(len(groups)), groups)
+    axis.set_xticks(range(len(groups)), [group.replace(" ", "\n") for group in groups])
     axis.grid(False, axis="x")
     axis.set(xlabel=labels.x, ylabel=labels.y, title=labels.title)
     axis.legend(loc="upper right")
