@@ -9,6 +9,7 @@ import contextlib
 import copy
 import importlib
 import importlib.util
+import inspect
 import io
 import itertools
 import math
@@ -256,6 +257,12 @@ def installed(problem: Problem | None = None) -> list[str]:
     found = {package: importlib.util.find_spec(package) is not None for package in ("trak", "dattri", "captum")}
     there = [name for name in PEERS if found[name.split("/")[0].replace("traker", "trak")]]
     return [name for name in there if small or name not in SMALL_ONLY]
+
+
+def default_damping(name: str) -> float | None:
+    """The damping that a method of PEERS has unless told otherwise; None where it has none to set."""
+    parameter = inspect.signature(PEERS[name]).parameters.get("damping")
+    return parameter and parameter.default
 
 
 def _import(package: str, module: str) -> ModuleType:

@@ -390,10 +390,19 @@ def test_a_missing_package_is_named_with_what_installs_it(name, monkeypatch):
 
 
 @pytest.mark.peers
-def test_installed_lists_every_peer_whose_package_is_there():
+def test_installed_lists_every_peer_whose_package_is_there(monkeypatch):
     for name in PEERS:
         needs(name)
     assert peers.installed() == list(PEERS)
+    small = random_problem()
+    assert peers.installed(small) == list(PEERS)
+    monkeypatch.setattr(peers, "KERNEL_LIMIT", small.n_parameters - 1)
+    assert set(PEERS) - set(peers.installed(small)) == set(peers.SMALL_ONLY) < set(PEERS)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("traker", 0.3), ("captum/tracin", None), ("captum/last_layer", 0.0)])
+def test_default_dampings_are_those_of_the_functions(name, expected):
+    assert peers.default_damping(name) == expected
     assert {name.split("/")[0] for name in PEERS} == {"traker", "dattri", "captum"}
 
 
