@@ -247,4 +247,6 @@ def _examples(index: Index, answer: Answer) -> Iterator[tuple[int, str, bool]]:
     sides = ((top.proponents, top.proponent_scores), (top.opponents, top.opponent_scores))
     for is_opponent, (ids, scores) in enumerate(sides):
         for position, score in zip(ids[0].tolist(), scores[0].tolist(), strict=True):
-            yield position, f"a {int(targets[position])}, {1000 * score:+.1f}", bool(is_opponent)
+            scaled = 1000 * score
+            number = f"{scaled:+.1f}" if abs(scaled) >= 1 else f"{scaled:+.1g}"
+            yield position, f"a {int(targets[position])}, {number}", bool(is_opponent)

@@ -47,6 +47,10 @@ def decoded(widget: ipywidgets.Image) -> np.ndarray:
     return shades[..., 0]
 
 
+def thousandths(score: float) -> str:
+    return f"{1000 * score:+.1f}" if abs(1000 * score) >= 1 else f"{1000 * score:+.1g}"
+
+
 def shows(panel: live.Panel, inputs: torch.Tensor, label: int) -> None:
     """Assert that every widget says what the index says of these inputs and this label."""
     top = INDEX.top(Examples(inputs[None], torch.tensor([label])), panel.k)
@@ -64,7 +68,7 @@ def shows(panel: live.Panel, inputs: torch.Tensor, label: int) -> None:
     for boxes, ids, scores in sides:
         for (image, caption), i, score in zip(boxes, ids[0].tolist(), scores[0].tolist(), strict=True):
             check(image, TRAIN.inputs[i])
-            assert f"a {int(TRAIN.targets[i])}, {1000 * score:+.1f}" in caption.value
+            assert f"a {int(TRAIN.targets[i])}, {thousandths(score)}" in caption.value
     probabilities = INDEX.basis.problem.outputs(inputs[None])[0].softmax(0)
     assert f"says <b>{int(probabilities.argmax())}</b>" in panel.says.value
     assert f"label <b>{label}</b>" in panel.says.value
@@ -138,7 +142,7 @@ def test_large_images_are_picked_only():
     top = index.top(Examples(queries.inputs[4:5], index.basis.problem.outputs(queries.inputs[4:5]).argmax(1)), 2)
     panel.picker.value = 4
     for (_, caption), score in zip(panel.proponents, top.proponent_scores[0].tolist(), strict=True):
-        assert f", {1000 * score:+.1f}" in caption.value
+        assert f", {thousandths(score)}" in caption.value
 
 
 def test_an_answer_is_what_the_index_gives():
