@@ -27,6 +27,7 @@ BARS = {
 }
 VARIANTS = {"tuned": "tuned on validation queries", "untuned": "untuned default", "plain": "nothing to tune"}
 PLAIN_NUMBERS = FuncFormatter(lambda value, _: f"{value:g}")  # 100, not 10^2
+LINES = ("--", ":", "-.")
 MARKERS = "osD^vPX"  # with the colours, so that print in grey still tells series apart
 
 
@@ -169,20 +170,44 @@ def curves(
     if not series:
         raise ValueError("there are no series to draw")
     figure, axis = plt.subplots(figsize=(9, 5.5))
-    for index, (name, values) in enumerate(series.items()):
-        if len(values) != len(x):
-            raise ValueError(f"series {name!r} has {len(values)} values, but x has {len(x)}")
-        look = {"color": PALETTE[index % len(PALETTE)], "marker": MARKERS[index % len(MARKERS)]}
-        axis.plot(x, values, label=name, linewidth=2.5, markersize=8, **look)
+    _series(axis, x, series)
     for index, (name, value) in enumerate((lines or {}).items()):
-        style = ("--", ":", "-.")[index % 3]
-        axis.axhline(value, color=GREY, linestyle=style, linewidth=2, label=f"{name} ({value:.2f})")
+        axis.axhline(value, color=GREY, linestyle=LINES[index % 3], linewidth=2, label=f"{name} ({value:.2f})")
     if log_x:
         _log_axis(axis.xaxis)
     if log_y:
         _log_axis(axis.yaxis)
     _label(axis, labels)
     axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def panels(
+    x: Sequence[float],
+    series: Mapping[str, Mapping[str, Sequence[float]]],
+    labels: Labels,
+    *,
+    lines: Mapping[str, Mapping[str, float]] | None = None,
+) -> Figure:
+    """`curves` side by side, a panel for each title in `series`, with one legend; each panel has a scale of its own.
+
+    lines: by panel, labelled horizontal references. Panels share the names of their series and lines.
+    Raises ValueError for no panels, panels whose names differ, and a series whose length is not that of x.
+    """
+    if not series:
+        raise ValueError("there are no panels to draw")
+    figure, axes = plt.subplots(1, len(series), figsize=(5.5 * len(series), 6.5), layout="constrained", squeeze=False)
+    first = axes[0, 0]
+    for axis, (title, of_panel) in zip(axes[0], series.items(), strict=True):
+        _series(axis, x, of_panel)
+        for index, (name, value) in enumerate((lines or {}).get(title, {}).items()):
+            axis.axhline(value, color=GREY, linestyle=LINES[index % 3], linewidth=2, label=name)
+        _label(axis, Labels(labels.x, labels.y if axis is first else "", title))
+        names, expected = axis.get_legend_handles_labels()[1], first.get_legend_handles_labels()[1]
+        if names != expected:
+            raise ValueError(f"panels must show the same, but {title!r} has {names}, and the first {expected}")
+    figure.suptitle(labels.title)
+    figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return figure
 
 
@@ -240,6 +265,14 @@ def histogram_per_query(values: np.ndarray, labels: Labels) -> Figure:
     _label(axis, Labels(labels.x, labels.y or f"queries (of {len(values)})", labels.title))
     axis.legend()
     return figure
+
+
+def _series(axis: plt.Axes, x: Sequence[float], series: Mapping[str, Sequence[float]]) -> None:
+    for index, (name, values) in enumerate(series.items()):
+        if len(values) != len(x):
+            raise ValueError(f"series {name!r} has {len(values)} values, but x has {len(x)}")
+        look = {"color": PALETTE[index % len(PALETTE)], "marker": MARKERS[index % len(MARKERS)]}
+        axis.plot(x, values, label=name.replace("_", " "), linewidth=2.5, markersize=8, **look)
 
 
 def _image(axis: plt.Axes, example: tuple[np.ndarray, str], colour: str) -> None:

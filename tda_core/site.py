@@ -22,7 +22,7 @@ from tda_core.stamps import read_stamp
 log = logging.getLogger(__name__)
 
 PICTURES = {".png": "image/png", ".jpg": "image/jpeg", ".svg": "image/svg+xml"}
-NEED_SCRIPTS = {"application/vnd.jupyter.widget-view+json", "application/javascript"}  # progress bars, mostly
+NEED_SCRIPTS = {"application/vnd.jupyter.widget-view+json", "application/javascript"}  # progress bars, panels
 
 STYLE = """
 :root { color-scheme: light dark; --text: #1d2327; --soft: #59636b; --back: #ffffff; --box: #f4f6f8;
@@ -117,6 +117,7 @@ def notebook_page(job: Job) -> str:
         return MarkdownWithMath(renderer=renderer).render(source)
 
     notebook = nbformat.reads(job.run.executed.read_text(encoding="utf-8"), as_version=4)
+    notebook.metadata.pop("widgets", None)  # their state would be embedded, for a script that is not there
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if not NEED_SCRIPTS & set(output.get("data", {}))]

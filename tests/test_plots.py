@@ -126,6 +126,29 @@ def test_curves_refuse_unequal_lengths():
         plots.curves([1], {}, plots.Labels("x"))
 
 
+def test_panels_share_names_but_not_values():
+    series = {"5%": {"of_a": [1, 2], "b": [3, 4]}, "20%": {"of_a": [5, 6], "b": [7, 8]}}
+    lines = {"5%": {"best": 9}, "20%": {"best": 10}}
+    figure = plots.panels([0, 40], series, plots.Labels("inspected", "accuracy", "digits"), lines=lines)
+    for axis, title in zip(figure.axes, series, strict=True):
+        drawn = {line.get_label(): list(line.get_ydata()) for line in axis.lines}
+        assert drawn == {"of a": series[title]["of_a"], "b": series[title]["b"], "best": [lines[title]["best"]] * 2}
+        assert (axis.get_title(), axis.get_xlabel()) == (title, "inspected")
+    assert [axis.get_ylabel() for axis in figure.axes] == ["accuracy", ""]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["of a", "b", "best"]
+    assert figure.get_suptitle() == "digits"
+
+
+def test_panels_refuse_other_names_and_lengths():
+    labels = plots.Labels("x")
+    with pytest.raises(ValueError, match="'q' has \\['b'\\], and the first \\['a'\\]"):
+        plots.panels([1], {"p": {"a": [1]}, "q": {"b": [1]}}, labels)
+    with pytest.raises(ValueError, match="series 'a' has 2 values, but x has 1"):
+        plots.panels([1], {"p": {"a": [1, 2]}}, labels)
+    with pytest.raises(ValueError, match="no panels"):
+        plots.panels([1], {}, labels)
+
+
 def test_scatter_states_the_rank_correlation():
     x = np.arange(12.0).reshape(3, 4)
     figure = plots.scatter_agreement(x, -np.exp(x), plots.Labels("exact", "simulated", "digits"))

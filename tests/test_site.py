@@ -43,10 +43,10 @@ def check_offline(text: str) -> Links:
     return page
 
 
-def execute(project, cells) -> jobs.Job:
+def execute(project, cells, **metadata) -> jobs.Job:
     """Replace the executed first notebook by these cells; returns its job."""
     job = jobs.plan("smoke", ["demo"])[0]
-    job.run.executed.write_text(nbformat.writes(nbformat.v4.new_notebook(cells=cells)))
+    job.run.executed.write_text(nbformat.writes(nbformat.v4.new_notebook(cells=cells, metadata=metadata)))
     return job
 
 
@@ -109,6 +109,17 @@ def test_outputs_are_embedded_and_scripts_left_out(finished):
     assert "0%| bar" not in text and "alert(1)" not in text
     assert "<math" not in text  # dollars in code are no equations
     assert page.alts == ["Figure drawn by the cell above"]
+
+
+def test_the_state_of_widgets_is_left_out(finished):
+    shown = {"application/vnd.jupyter.widget-view+json": {"model_id": "m1"}, "text/plain": "HBox(children=(1,))"}
+    cell = nbformat.v4.new_code_cell("panel", outputs=[nbformat.v4.new_output("execute_result", shown)])
+    model = {"model_name": "HBoxModel", "model_module": "@jupyter-widgets/controls", "state": {"children": []}}
+    state = {"state": {"m1": model}, "version_major": 2, "version_minor": 0}
+    widgets = {"application/vnd.jupyter.widget-state+json": state}
+    text = site.notebook_page(execute(finished, [cell], widgets=widgets))
+    check_offline(text)
+    assert "panel" in text and "HBox" not in text and "jupyter-widgets" not in text
 
 
 def test_equations_in_markdown_become_mathml(finished, caplog):
