@@ -104,12 +104,12 @@ class Basis:
         mode: "forward" for forward-mode products only, "reverse" for one backward pass to the layers'
         outputs; None takes the faster that the probe has.
         """
-        self.problem.check(queries)
         mode = {} if mode is None else {"mode": mode}
-        if self.n_strata > 1 and (unseen := self._unseen.intersection(queries.targets.tolist())):
-            raise ValueError(f"no directions for queries of class {min(unseen)}: no fitted example is of it")
         if self.n_strata == 1:
             return self.probe.read(queries, self.reading[0], **mode), torch.zeros(len(queries), dtype=torch.int64)
+        self.problem.check(queries)
+        if unseen := self._unseen.intersection(queries.targets.tolist()):
+            raise ValueError(f"no directions for queries of class {min(unseen)}: no fitted example is of it")
         strata = queries.targets
         if isinstance(self.probe, TangentProbe):
             z = torch.zeros(len(queries), self.rank, dtype=self.reading.dtype)

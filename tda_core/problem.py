@@ -114,7 +114,8 @@ class Problem:
 
     def outputs(self, inputs: Tensor, theta: Tensor | None = None) -> Tensor:
         """Model outputs (logits for a classifier): (n, ...) -> (n, C), in theta's floating-point type."""
-        theta = self.theta if theta is None else theta
+        if theta is None:
+            return self.placed(inputs.to(self.theta.dtype))
         return functional_call(self.module, self.unravel(theta), (inputs.to(theta.dtype),))
 
     def losses(self, examples: Examples, theta: Tensor | None = None) -> Tensor:
@@ -145,7 +146,7 @@ class Problem:
     def features(self, inputs: Tensor, layer: str | None = None) -> Tensor:
         """What flows into the named submodule (default: the last linear layer): (n, f), flattened."""
         layer = self.last_layer if layer is None else layer
-        modules = dict(self.module.named_modules())
+        modules = dict(self.placed.named_modules())
         if layer not in modules:
             raise ValueError(f"unknown layer {layer!r}, expected one of {sorted(name for name in modules if name)}")
         seen: list[Tensor] = []

@@ -46,9 +46,4 @@ def record(function: Function, inputs: Tensor, targets: Tensor, size: int) -> Fu
         tolerance = 1e-4 * float(plain.abs().max()) + torch.finfo(plain.dtype).tiny
         if own.shape != plain.shape or not float((own - plain).abs().max()) <= tolerance:
             raise ValueError("this computation cannot be recorded: it takes another course for other inputs")
-
-    def play(inputs: Tensor, targets: Tensor) -> Tensor:
-        with torch.no_grad():
-            return played(inputs, targets)
-
-    return play
+    return played
