@@ -7,14 +7,18 @@ import torch
 from tda_core import paths
 
 
-def test_ten_lines_attribute_a_model():
-    (snippet,) = re.findall(r"```python\n(.*?)```", paths.README.read_text(), re.DOTALL)
+def test_ten_lines_attribute_a_model_and_an_index_answers(tmp_path, monkeypatch):
+    first, second = re.findall(r"```python\n(.*?)```", paths.README.read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
     names: dict = {}
     torch.manual_seed(0)
-    exec(snippet, names)
+    exec(first, names)
     assert names["scores"].shape == (4, 200)
     # a query that is itself a training example is its own proponent
     assert all(int(i) in names["proponents"][i] for i in range(4))
+    exec(second, names)
+    assert 0 in names["top"].proponents and names["top"].proponents.shape == (1, 5)
+    assert names["index"].dtype == "int8" and names["index"].ids.tolist() == list(range(3, 202))
 
 
 def test_links_and_pictures_exist():

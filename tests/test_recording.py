@@ -14,6 +14,7 @@ from tda_core.basis_fit import fit_basis
 from tda_core.dynamics import Dynamics
 from tda_core.examples import Examples
 from tda_core.gradients import gradient_dot, last_layer, trak
+from tda_core.index import build_index
 from tda_core.probes import TangentProbe, layer_probe
 from tda_core.problem import Problem
 from tda_core.recording import record
@@ -102,6 +103,14 @@ def test_a_recorded_basis_reads_what_it_read(by_label, monkeypatch):
     for found, other in zip(recorded.read(PROBLEM.train[:1]), expected, strict=True):
         close(found, other)
     assert recorded.fingerprint == basis.fingerprint
+
+
+def test_a_recorded_index_scores_what_it_scored():
+    index = build_index(PROBLEM, Dynamics(horizon=5), PROBLEM.train, BasisSettings(rank=3, energy=1.0))
+    recorded = index.recorded((1, 3))
+    for size in (1, 2, 3):
+        close(recorded.scores(PROBLEM.train[:size]), index.scores(PROBLEM.train[:size]))
+    assert set(recorded.basis.probe.recordings) == {1, 3} and not index.basis.probe.recordings
 
 
 def test_recorded_gradient_methods_score_what_they_scored():
