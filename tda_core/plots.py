@@ -26,7 +26,7 @@ BARS = {
     "plain": {"facecolor": "#8c8c8c", "edgecolor": "#8c8c8c"},
 }
 VARIANTS = {"tuned": "tuned on validation queries", "untuned": "untuned default", "plain": "nothing to tune"}
-PLAIN_NUMBERS = FuncFormatter(lambda value, _: f"{value:g}")  # 100, not 10^2
+PLAIN_NUMBERS = FuncFormatter(lambda value, _: f"{value:,.7g}")  # 100, not 10^2
 LINES = ("--", ":", "-.")
 MARKERS = "osD^vPX"  # with the colours, so that print in grey still tells series apart
 
@@ -224,11 +224,12 @@ def tradeoff(
     figure, axis = plt.subplots(figsize=(11, 6.5))
     for index, (name, (cost, quality)) in enumerate(sorted(points.items(), key=lambda item: item[1][0])):
         low, high = _ends(quality)
-        colour, marker = PALETTE[index % len(PALETTE)], MARKERS[index % len(MARKERS)]
+        # another marker with a colour that comes again
+        colour, marker = PALETTE[index % len(PALETTE)], MARKERS[(index + index // len(PALETTE)) % len(MARKERS)]
         filled = colour if name in ours else "white"
         bars = [[quality.value - low], [high - quality.value]]
         look = {"color": colour, "marker": marker, "markersize": 12, "markerfacecolor": filled, "markeredgewidth": 2.5}
-        axis.errorbar([cost], [quality.value], yerr=bars, linestyle="", capsize=4, label=name, **look)
+        axis.errorbar([cost], [quality.value], yerr=bars, linestyle="", capsize=4, label=name.replace("_", " "), **look)
     for name, cost in lines.items():
         axis.axvline(cost, color=GREY, linestyle="--", linewidth=2, label=name)
     _log_axis(axis.xaxis)
