@@ -35,7 +35,7 @@ def seconds(function: Callable[[], Any], repeats: int = 3) -> float:
 
 
 def query_costs(
-    methods: Mapping[str, Any], queries: Examples, batches: Sequence[int], *, budget: float = 0.1
+    methods: Mapping[str, Any], queries: Examples, batches: Sequence[int], *, budget: float = 0.05
 ) -> dict[str, dict[int, float]]:
     """Milliseconds per query of each method's scores(queries), by batch size, on one thread.
 
