@@ -80,12 +80,12 @@ class Index:
         """Scores (n_query, n), positive for proponents, columns in the order of `ids`; streamed in blocks."""
         z, strata = self._read(queries)
         if self.basis.n_strata == 1 and len(self.shards) == 1:
-            products = [z @ block.T for _, block in self._blocks(0, len(z))]
+            products = [z @ block for _, block in self._blocks(0, len(z))]
             return products[0] if len(products) == 1 else torch.cat(products, 1)
         found = torch.empty(len(z), len(self), dtype=z.dtype)
         for stratum, rows in _by_stratum(strata, self.basis.n_strata):
             for start, block in self._blocks(stratum, len(z)):
-                found[rows, start : start + len(block)] = z[rows] @ block.T
+                found[rows, start : start + block.shape[1]] = z[rows] @ block
         return found
 
     def top(self, queries: Examples, k: int) -> Top:
@@ -100,7 +100,7 @@ class Index:
         for stratum, rows in _by_stratum(strata, self.basis.n_strata):
             best: list[tuple[Tensor, Tensor] | None] = [None, None]
             for start, block in self._blocks(stratum, len(z)):
-                scores = z[rows] @ block.T
+                scores = z[rows] @ block
                 for side, signed in enumerate((scores, -scores)):
                     columns = strongest(signed, k)
                     best[side] = merged(best[side], (signed.gather(1, columns), columns + start), k)
@@ -227,12 +227,12 @@ class Index:
         return z.float(), strata  # as the coefficients are, at most
 
     def _blocks(self, stratum: int, n_query: int) -> Iterator[tuple[int, Tensor]]:
-        """(position of the first row, coefficients (rows, k) in float32) of a stratum, block by block."""
+        """(position of the first unit, coefficients (k, m) in float32) of a stratum, block by block."""
         start = 0
         for shard in self.shards:
             for block in shard.blocks(stratum, n_query):
                 yield start, block
-                start += len(block)
+                start += block.shape[1]
 
 
 def build_index(

@@ -184,7 +184,7 @@ def _written(folder: Path, part: Part) -> dict[str, Any]:
     if not there:
         save_tensors(path, part.tensors, part.metadata)
     described = {"file": part.file, "bytes": path.stat().st_size, "sha256": part.sha256}
-    return described | ({"rows": part.tensors["codes"].shape[1]} if part.kind == "shard" else {})
+    return described | ({"rows": part.tensors["codes"].shape[2]} if part.kind == "shard" else {})
 
 
 def _mapped(
