@@ -19,9 +19,9 @@ BLOCK_FLOATS = 2**20
 class Shard:
     """Coefficients of n units in L strata.
 
-    codes: (L, k, n) in the storage type: a query's product with them reads whole rows, which is up to five times as
-    fast as with (n, k), whose columns collide in the cache where k is a power of two. ids: (n,) int64. scales: (L, n) size of a step, with int8 only.
-    recorded: checksum of the tensors, where the file that they are mapped from says it.
+    codes: (L, k, n) in the storage type. A query's product with them reads whole rows; with (n, k) it takes up to five
+    times as long, most where k is a power of two, because columns collide in the cache. ids: (n,) int64. scales: (L, n)
+    size of a step, with int8 only. recorded: checksum of the tensors, where the file that they are mapped from says it.
     """
 
     codes: Tensor
