@@ -7,6 +7,7 @@ import ast
 import hashlib
 import os
 import uuid
+from functools import lru_cache
 from pathlib import Path
 
 from tda_core import paths
@@ -70,21 +71,33 @@ def imported_modules(source: str, package: str = "") -> set[str]:
     The root package itself counts only where something other than its modules is taken from it.
     Raises SyntaxError for source that is not Python.
     """
-    named = set()
+    plain, taken = _parsed_imports(source, package)
+    named = set(plain)
+    for base, members in taken:
+        modules = {member for member in members if module_file(member)}
+        named |= modules
+        if modules != members or base != paths.PACKAGE.name:
+            named.add(base)
+    return {module for module in named if module_file(module)}
+
+
+@lru_cache(maxsize=1024)
+def _parsed_imports(source: str, package: str) -> tuple[frozenset[str], tuple[tuple[str, frozenset[str]], ...]]:
+    """Names of `import ...`, and (base, names below it) of each `from base import ...`: what does not depend on files.
+
+    Kept, because the runner asks for the same sources again for every notebook.
+    """
+    plain, taken = set(), []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            named |= {alias.name for alias in node.names}
+            plain |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
                 parent = package.split(".")[: len(package.split(".")) - node.level + 1]
                 base = ".".join([*parent, *([node.module] if node.module else [])])
-            members = {f"{base}.{alias.name}" for alias in node.names}
-            modules = {member for member in members if module_file(member)}
-            named |= modules
-            if modules != members or base != paths.PACKAGE.name:
-                named.add(base)
-    return {module for module in named if module_file(module)}
+            taken.append((base, frozenset(f"{base}.{alias.name}" for alias in node.names)))
+    return frozenset(plain), tuple(taken)
 
 
 def reachable_modules(source: str) -> set[str]:

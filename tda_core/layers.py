@@ -44,12 +44,12 @@ def trained(
 
 
 def tested(problem: "Problem") -> dict[str, nn.Linear] | None:
-    """`trained` layers of a problem, if a training example's gradient by layers is its gradient; else None."""
-    inputs, targets = problem.train.inputs[:1].to(problem.theta.dtype), problem.train.targets[:1]
-    found = trained(problem.module, problem.placed, problem.names, inputs)
+    """`trained` layers of a problem, if two training examples' gradients by layers are their gradients; else None."""
+    inputs, targets = problem.train.inputs[:2].to(problem.theta.dtype), problem.train.targets[:2]
+    found = trained(problem.module, problem.placed, problem.names, inputs[:1])
     if found is None:
         return None
-    # a weight may be used outside of its layer as well, which no hook sees
+    # a weight may be used outside of its layer as well, which no hook sees, or examples may depend on each other
     by_layer = gradients(flows(found, lambda: problem.loss(problem.placed(inputs), targets)), problem.offsets)
     plain = problem.gradients_one_by_one(inputs, targets)
     return found if float((by_layer - plain).norm()) <= 1e-3 * float(plain.norm()) else None

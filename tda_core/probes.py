@@ -117,7 +117,7 @@ class LayerProbe:
         if mode == "forward":
             return self._projected(self._forward(examples), of_rows=True)
         if play := self.recordings.get(len(examples)):
-            return play(examples.inputs, examples.targets)
+            return play(examples.inputs.to(self.problem.theta.dtype), examples.targets)
         return self._projected(self.problem.flows(examples.inputs, examples.targets))
 
     def _projected(self, flowed: Flows, *, of_rows: bool = False) -> Tensor:
@@ -143,7 +143,7 @@ class LayerProbe:
         def function(inputs: Tensor, targets: Tensor) -> Tensor:
             return self._projected(self.problem.flows(inputs, targets))
 
-        train = self.problem.train.inputs, self.problem.train.targets
+        train = self.problem.train.inputs.to(self.problem.theta.dtype), self.problem.train.targets
         return replace(self, recordings=self.recordings | {size: record(function, *train, size) for size in sizes})
 
     def __getstate__(self) -> dict:

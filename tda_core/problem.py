@@ -202,7 +202,7 @@ class Problem:
         self.check(examples)
         _check_target(target)
         if play := self.recordings.get((len(examples), target)):
-            return play(examples.inputs, examples.targets)
+            return play(examples.inputs.to(self.theta.dtype), examples.targets)
         parts = zip(examples.inputs.split(chunk_size), examples.targets.split(chunk_size), strict=True)
         if self.linear_layers is None:
             found = [self.gradients_one_by_one(*part, target) for part in parts]
@@ -229,7 +229,7 @@ class Problem:
         def function(inputs: Tensor, targets: Tensor) -> Tensor:
             return layers.gradients(self.flows(inputs, targets, target), self.offsets)
 
-        train = self.train.inputs, self.train.targets
+        train = self.train.inputs.to(self.theta.dtype), self.train.targets
         made = {(size, target): record(function, *train, size) for size in sizes}
         return replace(self, recordings=self.recordings | made)
 
@@ -254,7 +254,7 @@ class Problem:
     def linear_layers(self) -> dict[str, nn.Linear] | None:
         """The layers of `placed` by name, where all that theta holds are whole `nn.Linear`s that each run once.
 
-        None for other modules. Tested on a training example: its gradient by layers must be its gradient.
+        None for other modules. Tested on two training examples: their gradients by layers must be their gradients.
         """
         return layers.tested(self)
 

@@ -51,6 +51,24 @@ def test_a_weight_that_is_used_outside_of_its_layer_is_noticed():
     torch.testing.assert_close(problem.gradients(problem.train), by_autograd(problem, "loss"), rtol=1e-11, atol=1e-12)
 
 
+class Mingled(nn.Module):
+    """Each output depends on the other examples of its batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.tanh(self.first(x))
+        return self.last(h - h.mean(0, keepdim=True) / 2)
+
+
+def test_examples_that_depend_on_each_other_are_noticed():
+    problem = problem_of(Mingled())
+    assert problem.linear_layers is None
+    torch.testing.assert_close(problem.gradients(problem.train), by_autograd(problem, "loss"), rtol=1e-11, atol=1e-12)
+
+
 @settings(max_examples=15, deadline=None)
 @given(order=st.permutations(range(12)))
 def test_an_examples_gradient_does_not_depend_on_its_company(order):

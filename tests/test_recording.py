@@ -52,6 +52,13 @@ def test_a_recording_is_really_played(monkeypatch):
         RECORDED.gradients(PROBLEM.train[:3])
 
 
+def test_queries_of_another_float_type_are_converted():
+    single = Examples(PROBLEM.train.inputs[:2].float(), PROBLEM.train.targets[:2])
+    close(RECORDED.gradients(single), PROBLEM.gradients(single))
+    probe = layer_probe(PROBLEM, PROBLEM.train, 1.0)
+    close(probe.recorded((2,)).features(single), probe.features(single))
+
+
 def test_pickles_are_without_recordings():
     back = pickle.loads(pickle.dumps(RECORDED))
     assert back.recordings == {} and len(RECORDED.recordings) == 1
