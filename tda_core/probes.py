@@ -75,7 +75,7 @@ class LayerProbe:
 
     problem: Problem
     factors: dict[str, tuple[Tensor | None, Tensor | None]]
-    recordings: dict[int, Function] = field(default_factory=dict, repr=False)
+    recordings: dict[int, Function] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if self.problem.linear_layers is None:
@@ -144,7 +144,9 @@ class LayerProbe:
             return self._projected(self.problem.flows(inputs, targets))
 
         train = self.problem.train.inputs.to(self.problem.theta.dtype), self.problem.train.targets
-        return replace(self, recordings=self.recordings | {size: record(function, *train, size) for size in sizes})
+        copied = replace(self)
+        copied.recordings.update(self.recordings | {size: record(function, *train, size) for size in sizes})
+        return copied
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "recordings": {}}  # which cannot be pickled

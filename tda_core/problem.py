@@ -41,7 +41,7 @@ class Problem:
     loss: Loss
     train: Examples
     weight_decay: float = 0.0
-    recordings: dict[tuple[int, str], Function] = field(default_factory=dict, repr=False)
+    recordings: dict[tuple[int, str], Function] = field(init=False, default_factory=dict, repr=False)
     names: tuple[str, ...] = field(init=False)
     shapes: tuple[torch.Size, ...] = field(init=False)
 
@@ -231,7 +231,9 @@ class Problem:
 
         train = self.train.inputs.to(self.theta.dtype), self.train.targets
         made = {(size, target): record(function, *train, size) for size in sizes}
-        return replace(self, recordings=self.recordings | made)
+        copied = replace(self)
+        copied.recordings.update(self.recordings | made)
+        return copied
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "recordings": {}}  # which cannot be pickled
@@ -254,7 +256,7 @@ class Problem:
     def linear_layers(self) -> dict[str, nn.Linear] | None:
         """The layers of `placed` by name, where all that theta holds are whole `nn.Linear`s that each run once.
 
-        None for other modules. Tested on two training examples: their gradients by layers must be their gradients.
+        None for other modules. Tested on some training examples: their gradients by layers must be their gradients.
         """
         return layers.tested(self)
 

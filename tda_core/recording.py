@@ -1,8 +1,8 @@
 """Recordings: a computation on one batch of queries, with its backward pass, played back without Python in between.
 
-For small models a query's time goes into starting operations, not into the operations. A recording runs the same
-operations on the same numbers several times faster. It holds for one batch size and for modules that do the same
-operations whatever the inputs' values; `record` tests both.
+The smaller the model, the more of a query's time goes into starting operations and not into the operations. A recording
+runs the same operations on the same numbers without that part. It holds for one batch size and for modules that do the
+same operations whatever the inputs' values; `record` tests both.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ def record(function: Function, inputs: Tensor, targets: Tensor, size: int) -> Fu
             traced = torch.jit.trace(make_fx(function)(*batches[0]), batches[0], check_trace=False)
         except RuntimeError as error:
             raise ValueError(f"this computation cannot be recorded: {error}") from error
-        # twice as fast with its constants folded, which breaks some graphs
+        # faster with its constants folded, which breaks some graphs
         for played in (torch.jit.freeze(traced.eval()), traced):
             with contextlib.suppress(RuntimeError):
                 found = [played(*batch) for batch in batches]

@@ -108,7 +108,7 @@ class Sources:
         return Sources(examples, groups, (*self.names, f"copy of {self.names[source]}"))
 
     def mislabelled(self, source: int, share: float = 0.5, *, seed: int = 0) -> "Sources":
-        """With a random share of the labels of `source` replaced by another class that occurs.
+        """With a random share of the labels of `source` replaced by another class, up to the highest that occurs.
 
         Raises ValueError for a share outside (0, 1] and for fewer than two classes.
         """

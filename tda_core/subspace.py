@@ -46,9 +46,7 @@ def restrict(problem: Problem, probe: LayerProbe) -> Problem:
     Its outputs and losses are those of the problem, its gradients the probe's features. Raises ValueError for a
     probe of another problem.
     """
-    if probe.problem.identity != problem.identity:
-        found, expected = (p.identity["theta"] for p in (probe.problem, problem))
-        raise ValueError(f"the probe is of a problem with theta {found}, but this one has theta {expected}")
+    problem.check_identity("the probe", probe.problem.identity)
     module = copy.deepcopy(problem.placed)
     for name, (a, b) in probe.factors.items():
         own = Restricted(module.get_submodule(name), a, b)

@@ -565,3 +565,17 @@ def test_a_reader_whose_files_are_replaced_meanwhile_reads_the_new_ones(folder, 
 
     monkeypatch.setattr(index_files, "map_tensors", slow)
     assert torch.equal(Index.load(folder, PROBLEM).ids, torch.arange(3, 20)) and calls
+
+
+def test_saving_over_a_damaged_index_repairs_it(tmp_path):
+    folder = tmp_path / "index"
+    WHOLE.save(folder)
+    (shard,) = folder.glob("shard-*.safetensors")
+    damaged = bytearray(shard.read_bytes())
+    damaged[-5] ^= 64
+    shard.write_bytes(bytes(damaged))
+    with pytest.raises(CorruptFile):
+        Index.load(folder, PROBLEM, verify=True)
+    WHOLE.save(folder, overwrite=True)
+    back = Index.load(folder, PROBLEM, verify=True)
+    assert torch.equal(back.scores(QUERIES), WHOLE.scores(QUERIES))

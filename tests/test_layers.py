@@ -1,5 +1,7 @@
 """Gradients through what flows in and out of linear layers: those of autograd, example by example."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -67,6 +69,14 @@ def test_examples_that_depend_on_each_other_are_noticed():
     problem = problem_of(Mingled())
     assert problem.linear_layers is None
     torch.testing.assert_close(problem.gradients(problem.train), by_autograd(problem, "loss"), rtol=1e-11, atol=1e-12)
+
+
+def test_threads_that_share_a_problem_do_not_disturb_each_other():
+    problem = random_problem((4, 30, 3), n=60)
+    expected = problem.gradients(problem.train)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda i: problem.gradients(problem.train[i : i + 1]), list(range(60)) * 5))
+    torch.testing.assert_close(torch.cat(found), expected.repeat(5, 1), rtol=1e-12, atol=1e-13)
 
 
 @settings(max_examples=15, deadline=None)

@@ -92,6 +92,17 @@ def test_overrides_are_parameters_of_their_notebooks(slug):
         jobs.plan(profile, [slug])
 
 
+@pytest.mark.parametrize("profile", jobs.PROFILES)
+def test_trak_has_the_projection_that_its_damping_was_chosen_for(profile):
+    found: dict[str, dict[str, int]] = {}
+    for job in jobs.plan(profile, ["forward_only"]):
+        if job.run.notebook in ("04_comparison", "06_index"):
+            parameters = read_parameters(job.notebook) | dict(job.parameters)
+            found.setdefault(job.run.variant, {})[job.run.notebook] = parameters["dimension"]
+    assert any(len(of_variant) == 2 for of_variant in found.values())
+    assert all(len(set(of_variant.values())) == 1 for of_variant in found.values())
+
+
 # the rules themselves
 
 

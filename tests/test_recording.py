@@ -1,6 +1,7 @@
 """Recordings give what the computation gives, at any values; what cannot be recorded is refused."""
 
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -50,6 +51,15 @@ def test_a_recording_is_really_played(monkeypatch):
     close(RECORDED.gradients(PROBLEM.train[:2]), EXPECTED)
     with pytest.raises(TypeError):
         RECORDED.gradients(PROBLEM.train[:3])
+
+
+def test_recordings_do_not_outlive_their_parameters():
+    moved = RECORDED.at(2 * PROBLEM.theta)
+    close(moved.gradients(PROBLEM.train[:2]), PROBLEM.at(2 * PROBLEM.theta).gradients(PROBLEM.train[:2]))
+    assert replace(RECORDED, weight_decay=0.1).recordings == {} and len(RECORDED.recordings) == 1
+    probe = layer_probe(PROBLEM, PROBLEM.train, 1.0).recorded()
+    assert replace(probe, problem=moved).recordings == {} and len(probe.recordings) == 1
+    assert set(RECORDED.recorded((1,)).recordings) == {(1, "loss"), (2, "loss")}
 
 
 def test_queries_of_another_float_type_are_converted():

@@ -95,7 +95,7 @@ def test_weight_decay_stays():
 def test_a_probe_of_another_problem_is_refused():
     problem: Problem = random_problem()
     other = random_problem(seed=3)
-    with pytest.raises(ValueError, match=r"the probe is of a problem with theta \w{16}, but this one has theta \w{16}"):
+    with pytest.raises(ValueError, match=r"the probe was made for theta \w{16}, but this problem has theta \w{16}"):
         restrict(problem, exact(other))
 
 
