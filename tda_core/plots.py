@@ -255,19 +255,6 @@ def scatter_agreement(x: np.ndarray, y: np.ndarray, labels: Labels) -> Figure:
     return figure
 
 
-def histogram_per_query(values: np.ndarray, labels: Labels) -> Figure:
-    """How a per-query metric spreads over queries, with its mean marked; values: (n_query,)."""
-    values = np.asarray(values)
-    if values.ndim != 1 or len(values) == 0:
-        raise ValueError(f"values must be one a query, (n_query,), got shape {values.shape}")
-    figure, axis = plt.subplots(figsize=(8, 5))
-    axis.hist(values, bins=min(25, max(8, len(values) // 12)), color=BLUE, edgecolor="white")
-    axis.axvline(values.mean(), color=RED, linestyle="--", linewidth=2.5, label=f"mean {values.mean():.2f}")
-    _label(axis, Labels(labels.x, labels.y or f"queries (of {len(values)})", labels.title))
-    axis.legend()
-    return figure
-
-
 def _series(axis: plt.Axes, x: Sequence[float], series: Mapping[str, Sequence[float]]) -> None:
     for index, (name, values) in enumerate(series.items()):
         if len(values) != len(x):

@@ -31,7 +31,7 @@ def test_style_is_legible_and_its_colours_distinct():
 
 
 def test_save_writes_a_png_and_closes_the_figure(tmp_path):
-    figure = plots.histogram_per_query(np.arange(20.0), plots.Labels("LDS"))
+    figure = plots.curves([1, 2], {"a": [1, 2]}, plots.Labels("n", "LDS"))
     assert plots.save(figure, tmp_path / "new" / "a.png") is figure
     with Image.open(tmp_path / "new" / "a.png") as image:
         assert image.format == "PNG" and image.width > 800
@@ -161,14 +161,21 @@ def test_scatter_states_the_rank_correlation():
         plots.scatter_agreement(x, x.T, plots.Labels("a", "b"))
 
 
-def test_histogram_counts_every_query_and_marks_the_mean():
-    values = np.random.default_rng(0).normal(0.5, 0.1, 300)
-    axis = plots.histogram_per_query(values, plots.Labels("LDS of a query")).axes[0]
-    assert sum(bar.get_height() for bar in axis.patches) == 300
-    assert axis.lines[0].get_xdata()[0] == pytest.approx(values.mean())
-    assert axis.get_ylabel() == "queries (of 300)"
-    with pytest.raises(ValueError, match=r"got shape \(2, 2\)"):
-        plots.histogram_per_query(np.zeros((2, 2)), plots.Labels("LDS"))
+def test_no_two_methods_of_a_tradeoff_look_alike():
+    points = {f"m{i}": (i + 1.0, Estimate(0.5, 0.4, 0.6, 9)) for i in range(20)}
+    axis = plots.tradeoff(points, plots.Labels("ms"), ours=list(points), lines={}).axes[0]
+    assert len({(c[0].get_color(), c[0].get_marker()) for c in axis.containers}) == 20
+
+
+def test_logarithmic_axes_have_plain_numbers():
+    figure = plots.curves([100, 1e6], {"a": [0.2, 30]}, plots.Labels("n", "ms"), log_x=True, log_y=True)
+    figure.canvas.draw()
+    shown = [
+        [t.get_text() for t in axis.get_ticklabels(which="both")]
+        for axis in (figure.axes[0].xaxis, figure.axes[0].yaxis)
+    ]
+    assert {"100", "1,000,000"} <= set(shown[0]) and {"0.2", "1", "20"} <= set(shown[1])
+    assert not any("10^" in text for axis in shown for text in axis)
 
 
 def test_tradeoff_puts_each_method_at_its_cost_and_quality():
