@@ -98,7 +98,7 @@ def test_all_balanced_designs_are_equally_likely():
 
 @pytest.mark.parametrize(("n", "n_subsets", "degree"), [(600, 20, 5), (600, 21, 5), (601, 12, 6)])
 def test_balanced_pairs_meet_as_often_as_independent_ones(n, n_subsets, degree):
-    """Shared subsets of two examples follow (nearly) the hypergeometric law: no trace is left of how they were dealt."""
+    """Shared subsets of two examples follow the hypergeometric law: no trace is left of the deal."""
     M = balanced(n, n_subsets, degree, seed=0)
     shared = (M.T @ M).toarray()[np.triu_indices(n, 1)]
     mean = degree**2 / n_subsets
