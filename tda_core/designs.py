@@ -13,7 +13,7 @@ import numpy as np
 from scipy import sparse
 
 CHUNK = 2**15  # columns drawn, or entries checked, at a time: their temporary arrays fit the processor's cache
-TRADE_ROUNDS = 12  # of `balanced`, after which pairs of examples meet as often as in independent draws
+TRADE_ROUNDS = 8  # of `balanced`, after which a membership is where it was dealt with a probability of 2^-8
 LARGEST = 2**31 - 1  # what int32 indices can count
 
 
