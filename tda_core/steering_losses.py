@@ -13,9 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def fidelity(
-    loss: Callable[[Tensor, Tensor], Tensor], steered: Tensor, targets: Tensor, weights: Tensor
-) -> Tensor:
+def fidelity(loss: Callable[[Tensor, Tensor], Tensor], steered: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """Loss of the steered outputs on the subset's own examples, weighted: sum over k and i of weights * loss.
 
     steered: (K, m, C). targets: (K, m). weights: (K, m); rows sum to one for a mean, padding counts zero.
