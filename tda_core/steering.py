@@ -7,7 +7,8 @@ operators, here of any `FeatureMap`; a_k: (r, width) the steering matrix of subs
 
 import abc
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -132,7 +133,7 @@ def make_basis(kind: str, n_features: int, rank: int, *, seed: int, dtype: torch
     generator = torch.Generator().manual_seed(seed)
     hidden = (n_features, rank) if kind == "linear" else (n_features, 2 * rank, rank)
     layers: list[nn.Module] = []
-    for width_in, width_out in zip(hidden, hidden[1:], strict=False):
+    for width_in, width_out in pairwise(hidden):
         layer = nn.Linear(width_in, width_out, bias=False, dtype=dtype)
         drawn = torch.randn(width_out, width_in, generator=generator, dtype=torch.float64) / width_out**0.5
         layer.weight.data = drawn.to(dtype)
@@ -149,7 +150,6 @@ class Operators:
     site: Site
     basis: nn.Module
     matrices: Tensor
-    shared: bool = field(default=True)
 
     @property
     def n_subsets(self) -> int:
