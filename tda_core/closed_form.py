@@ -26,8 +26,7 @@ from torch import Tensor
 from tda_core.attribution import one_training_set
 from tda_core.examples import Examples
 from tda_core.feature_maps import FeatureMap, from_state
-from tda_core.head_systems import BLOCK, Dense, Head, System, contrasts, system_of
-from tda_core.models import cross_entropy, squared_error
+from tda_core.head_systems import BLOCK, Dense, Head, System, residuals_of, system_of
 from tda_core.problem import Problem
 from tda_core.solvers import by_damping, check_damping
 from tda_core.store import load_tensors, save_tensors
@@ -48,13 +47,13 @@ class Member:
 
     @classmethod
     def of(cls, problem: Problem, features: FeatureMap, system: str = "auto") -> "Member":
-        head = head_of(problem, features)
+        head = Head.of(*_features_and_outputs(problem, features, problem.train), problem.train.targets, problem.loss)
         return cls(problem, features, head, system_of(head, system))
 
     def solved(self, queries: Examples, damping: float, target: str) -> Tensor:
         """(H + damping I)^-1 [(p_q - y_q) (x) phi_q]: (q, c, f)."""
-        phi, _, residuals = _sides(self.problem, self.features, queries, target)
-        goals = residuals[:, :, None] * phi[:, None]
+        phi, outputs = _features_and_outputs(self.problem, self.features, queries)
+        goals = residuals_of(outputs, queries.targets, target)[:, :, None] * phi[:, None]
         return self.system.solve(goals.flatten(1), damping).view(goals.shape)
 
     def products(self, solved: Tensor) -> Tensor:
@@ -189,27 +188,12 @@ def stride_closed_form(
     return ClosedFormFamily.of(problem, features, **options).at(damping)
 
 
-def head_of(problem: Problem, features: FeatureMap) -> Head:
-    """Features, probabilities and residuals of the training set."""
-    return Head(*_sides(problem, features, problem.train, "loss"), problem.train.is_classification)
-
-
-def _sides(problem: Problem, features: FeatureMap, examples: Examples, target: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Features (n, f), probabilities (n, C), residuals (n, c) in contrasts; for regression ones and errors (n, 1)."""
+def _features_and_outputs(problem: Problem, features: FeatureMap, examples: Examples) -> tuple[Tensor, Tensor]:
     problem.check(examples)
-    phi = features(examples.inputs.to(problem.theta.dtype))
+    inputs = examples.inputs.to(problem.theta.dtype)
     with torch.no_grad():
-        outputs = torch.cat([problem.outputs(block) for block in examples.inputs.split(BLOCK)])
-    if problem.loss is squared_error:
-        return phi, torch.ones_like(outputs), outputs - examples.targets[:, None].to(outputs.dtype)
-    if problem.loss is not cross_entropy:
-        found = getattr(problem.loss, "__qualname__", "a function")
-        raise ValueError(f"the closed form is known for cross_entropy and squared_error, not for the loss {found}")
-    p, own = outputs.softmax(1), examples.targets[:, None]
-    # the loss falls as the margin rises: its gradient is that of minus the margin, times 1 - p_y
-    pushed = p if target == "loss" else outputs.scatter(1, own, -torch.inf).softmax(1)
-    residuals = pushed.scatter_add(1, own, -torch.ones_like(p[:, :1]))
-    return phi, p, residuals @ contrasts(p.shape[1], p.dtype)
+        outputs = torch.cat([problem.outputs(block) for block in inputs.split(BLOCK)])
+    return features(inputs), outputs
 
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

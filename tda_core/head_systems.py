@@ -10,12 +10,13 @@ the classes: the solutions are the same, and the systems smaller (half the size 
 """
 
 import abc
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from tda_core.models import LOSSES
 from tda_core.solvers import NotPositiveDefinite, conjugate_gradients, factor_dense, sound_factor
 
 # Unknowns up to which the matrix is held and factored: 64 MB and .6 s at 4,000
@@ -35,6 +36,20 @@ class Head:
     p: Tensor
     residuals: Tensor
     classifies: bool
+
+    @classmethod
+    def of(cls, phi: Tensor, outputs: Tensor, targets: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> "Head":
+        """From features (n, f), outputs (n, C) and targets (n,); ValueError for other losses than `models.LOSSES`."""
+        if loss not in LOSSES.values():
+            found = getattr(loss, "__qualname__", "a function")
+            raise ValueError(f"a head's curvature is known for the losses {sorted(LOSSES)}, not for {found}")
+        classifies = not targets.is_floating_point()
+        return cls(
+            phi,
+            outputs.softmax(1) if classifies else torch.ones_like(outputs),
+            residuals_of(outputs, targets),
+            classifies,
+        )
 
     @property
     def n_unknowns(self) -> int:
@@ -74,6 +89,18 @@ def contrasts(n_classes: int, dtype: torch.dtype) -> Tensor:
     basis = torch.triu(torch.ones(n_classes, n_classes - 1, dtype=torch.float64))
     basis[torch.arange(1, n_classes), torch.arange(n_classes - 1)] = -rows
     return (basis / (rows * (rows + 1)).sqrt()).to(dtype)
+
+
+def residuals_of(outputs: Tensor, targets: Tensor, target: str = "loss") -> Tensor:
+    """Derivatives of each example's loss, or of minus its margin, in the contrasts of the outputs: (n, c).
+
+    The margin is log p_y / (1 - p_y), so the loss' derivatives are the margin's times -(1 - p_y).
+    """
+    if targets.is_floating_point():
+        return outputs - targets[:, None].to(outputs.dtype)
+    own = targets[:, None]
+    pushed = outputs.softmax(1) if target == "loss" else outputs.scatter(1, own, -torch.inf).softmax(1)
+    return pushed.scatter_add(1, own, -torch.ones_like(pushed[:, :1])) @ contrasts(outputs.shape[1], outputs.dtype)
 
 
 class System(abc.ABC):
