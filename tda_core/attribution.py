@@ -106,6 +106,17 @@ class Attribution:
         return cls(tuple(problems), sides, QuerySide(**rule))
 
 
+def one_training_set(problem: Problem | Sequence[Problem]) -> tuple[Problem, ...]:
+    """The problems given as a tuple; ValueError where there are none, or their training sets differ."""
+    problems = (problem,) if isinstance(problem, Problem) else tuple(problem)
+    if not problems:
+        raise ValueError("give at least one problem, got none")
+    hashes = list(dict.fromkeys(member.train.hash[:16] for member in problems))
+    if len(hashes) > 1:  # their scores would be added example by example
+        raise ValueError(f"the problems must share one training set, got data {hashes[0]} and {hashes[1]}")
+    return problems
+
+
 def solve_curvature(problem: Problem, goals: Tensor, damping: float, curvature: str, tolerance: float = 1e-3) -> Tensor:
     """Rows x_i with (H + damping I) x_i = goals_i by conjugate gradients on products with H: (k, p).
 

@@ -8,7 +8,6 @@ features, and several of these joined. All give a `FeatureMap` (`tda_core.featur
 from collections.abc import Sequence
 from itertools import pairwise
 
-import numpy as np
 import scipy.linalg
 import torch
 from torch import Tensor
@@ -170,7 +169,7 @@ def _leading(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest eigenvalues, falling, and their vectors. Only these: in half of the time of all of them."""
     m = len(matrix)
     values, vectors = scipy.linalg.eigh(matrix.numpy(), subset_by_index=[m - k, m - 1])
-    return (torch.from_numpy(np.ascontiguousarray(part[..., ::-1])) for part in (values, vectors))
+    return (torch.from_numpy(part[..., ::-1].copy()) for part in (values, vectors))
 
 
 def _check_count(k: int, largest: int) -> None:

@@ -8,18 +8,17 @@ A family is a method of one model whose damping is left open: at(damping) is the
 dampings) gives {damping: scores} with the work that dampings share done once.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tda_core.attribution import Attribution, QuerySide, solve_dampings
+from tda_core.attribution import Attribution, QuerySide, one_training_set, solve_dampings
 from tda_core.examples import Examples
 from tda_core.problem import Problem
-from tda_core.solvers import NotPositiveDefinite, solve_dense
+from tda_core.solvers import by_damping, check_damping, solve_dense
 
 # Above this many parameters the curvature is not built as a matrix (4 p^2 bytes) but applied.
 DENSE_LIMIT = 12_000
@@ -38,9 +37,9 @@ def exact_influence(
     Raises ValueError where damping < 0, or H + damping I is not positive definite (an indefinite
     Hessian needs damping above minus its smallest eigenvalue).
     """
-    _check_damping(damping)
+    check_damping(damping)
     options = {"curvature": curvature, "last_layer": last_layer}
-    return _averaged([InfluenceFamily.of(member, **options).at(damping) for member in _as_tuple(problem)])
+    return _averaged([InfluenceFamily.of(member, **options).at(damping) for member in one_training_set(problem)])
 
 
 def last_layer(problem: Problem | Sequence[Problem], damping: float = 1e-2) -> Attribution:
@@ -66,7 +65,7 @@ class InfluenceFamily:
         return cls(problem, solved.gradients(solved.train) / len(solved.train), curvature, last_layer)
 
     def at(self, damping: float) -> Attribution:
-        _check_damping(damping)
+        check_damping(damping)
         side = solve_dense(self._matrix, self.gradients, damping) if self._dense else self.gradients
         of_queries = None if self._dense else damping
         rule = QuerySide(last_layer=self.last_layer, damping=of_queries, curvature=self.curvature)
@@ -85,7 +84,7 @@ class InfluenceFamily:
                 return [solve_dense(self._matrix, goals, damping) for damping in rising]
             return solve_dampings(self._solved, goals, rising, self.curvature)
 
-        return {damping: solved @ self.gradients.T for damping, solved in _by_damping(solve, dampings).items()}
+        return {damping: solved @ self.gradients.T for damping, solved in by_damping(solve, dampings).items()}
 
     @property
     def _solved(self) -> Problem:
@@ -105,7 +104,7 @@ class InfluenceFamily:
 
 def gradient_dot(problem: Problem | Sequence[Problem]) -> Attribution:
     """g_q' g_b / n: influence with the identity for a curvature; averaged over the problems given."""
-    problems = _as_tuple(problem)
+    problems = one_training_set(problem)
     return Attribution(problems, tuple(p.gradients(p.train) / len(p.train) for p in problems), QuerySide())
 
 
@@ -117,7 +116,7 @@ def tracin(checkpoints: Sequence[Problem], rates: Sequence[float]) -> Attributio
     if len(checkpoints) != len(rates) or not len(rates):
         raise ValueError(f"tracin needs one rate per checkpoint, got {len(checkpoints)} and {len(rates)}")
     sides = tuple(rate * p.gradients(p.train) / len(p.train) for p, rate in zip(checkpoints, rates, strict=True))
-    return Attribution(_as_tuple(checkpoints), sides, QuerySide())
+    return Attribution(one_training_set(checkpoints), sides, QuerySide())
 
 
 def trak(
@@ -129,8 +128,8 @@ def trak(
     directions (None: not projected, solved in the n x n dual). The original has damping 0.
     Raises ValueError where damping 0 leaves a singular system or dimension < 1.
     """
-    _check_damping(damping)
-    members = enumerate(_as_tuple(problem))
+    check_damping(damping)
+    members = enumerate(one_training_set(problem))
     return _averaged([TrakFamily.of(p, dimension=dimension, seed=seed + i).at(damping) for i, p in members])
 
 
@@ -166,7 +165,7 @@ class TrakFamily:
         return cls(problem, phi, pull / n, system, replace(features, times_error=not classifies))
 
     def at(self, damping: float) -> Attribution:
-        _check_damping(damping)
+        check_damping(damping)
         if self._dual:
             weighted = solve_dense(self.system, torch.eye(len(self.phi), dtype=self.phi.dtype), damping) @ self.phi
         else:
@@ -178,7 +177,7 @@ class TrakFamily:
         goals = self.query_side(self.problem, queries)
         if self._dual:
             goals = goals @ self.phi.T
-        solved = _by_damping(lambda rising: [solve_dense(self.system, goals, d) for d in rising], dampings)
+        solved = by_damping(lambda rising: [solve_dense(self.system, goals, d) for d in rising], dampings)
         return {d: (x if self._dual else x @ self.phi.T) * self.pull for d, x in solved.items()}
 
     @property
@@ -223,35 +222,3 @@ def _averaged(members: Sequence[Attribution]) -> Attribution:
     """One attribution of several models; they differ in their projections alone, whose seeds count up."""
     problems, sides = (tuple(getattr(m, name)[0] for m in members) for name in ("problems", "train_sides"))
     return Attribution(problems, sides, members[0].query_side)
-
-
-def _by_damping(solve: Callable[[list[float]], Sequence[Tensor]], dampings: Sequence[float]) -> dict[float, Tensor]:
-    """{damping: solution} from solve(dampings, rising), without those too small for a positive definite system."""
-    if not len(dampings):
-        raise ValueError("give at least one damping, got none")
-    for damping in dampings:
-        _check_damping(damping)
-    rising = sorted(set(dampings))
-    while True:
-        try:
-            return dict(zip(rising, solve(rising), strict=True))
-        except NotPositiveDefinite as error:
-            larger = [damping for damping in rising[1:] if error.needed is None or damping > error.needed]
-            if not larger:
-                raise
-            rising = larger
-
-
-def _as_tuple(problem: Problem | Sequence[Problem]) -> tuple[Problem, ...]:
-    problems = (problem,) if isinstance(problem, Problem) else tuple(problem)
-    if not problems:
-        raise ValueError("give at least one problem, got none")
-    hashes = list(dict.fromkeys(member.train.hash[:16] for member in problems))
-    if len(hashes) > 1:  # their scores would be added example by example
-        raise ValueError(f"the problems must share one training set, got data {hashes[0]} and {hashes[1]}")
-    return problems
-
-
-def _check_damping(damping: float) -> None:
-    if not (math.isfinite(damping) and damping >= 0):
-        raise ValueError(f"damping must be finite and >= 0, got {damping}")

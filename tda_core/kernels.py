@@ -57,7 +57,7 @@ class ReluKernel:
         for width_in, width in pairwise(self.widths[:-1]):
             covariance, a, b = ((value + 1) / (3 * width_in) for value in (flow, own_x, own_z))
             size = (a[:, None] * b).sqrt()
-            cosine = (covariance / size).clamp_(-1, 1)
+            cosine = (covariance / size).clamp(-1, 1)
             angle = cosine.acos()
             flow = size * (angle.sin() + (torch.pi - angle) * cosine) * (width / (2 * torch.pi))
             own_x, own_z = a * (width / 2), b * (width / 2)

@@ -93,22 +93,63 @@ def shifted_conjugate_gradients(
 def solve_dense(curvature: Tensor, goals: Tensor, damping: float) -> Tensor:
     """Rows x_i with (curvature + damping I) x_i = goals_i by Cholesky: (p, p), (k, p) -> (k, p).
 
+    Raises NotPositiveDefinite as `factor_dense` does.
+    """
+    return torch.cholesky_solve(goals.T, factor_dense(curvature, damping)).T
+
+
+def factor_dense(curvature: Tensor, damping: float) -> Tensor:
+    """Lower Cholesky factor (p, p) of curvature + damping I.
+
     Raises NotPositiveDefinite where the damped curvature is not, or is singular to rounding, naming the
     damping it needs.
     """
-    damped = curvature + damping * torch.eye(len(curvature), dtype=curvature.dtype)
-    factor, info = torch.linalg.cholesky_ex(damped)
-    eps = torch.finfo(damped.dtype).eps
-    # A pivot that cancelled to the rounding error of its diagonal entry holds no correct digit, whatever its sign.
-    if int(info) or bool((factor.diagonal() ** 2 <= 4 * eps * damped.diagonal()).any()):
-        smallest, largest = _extreme_eigenvalues(damped)
-        needed = damping - min(smallest, 0.0) + len(damped) * eps * largest
+    factor = sound_factor(curvature, damping)
+    if factor is None:
+        smallest, largest = _extreme_eigenvalues(_damped(curvature, damping))
+        needed = damping - min(smallest, 0.0) + len(curvature) * torch.finfo(curvature.dtype).eps * largest
         raise NotPositiveDefinite(
             f"curvature + damping {damping} is not positive definite (smallest eigenvalue {smallest:.3g}): "
             f"use a damping above {needed:.3g}",
             needed,
         )
-    return torch.cholesky_solve(goals.T, factor).T
+    return factor
+
+
+def sound_factor(curvature: Tensor, damping: float) -> Tensor | None:
+    """`factor_dense`, or None where it would raise, at no further cost."""
+    damped = _damped(curvature, damping)
+    factor, info = torch.linalg.cholesky_ex(damped)
+    # A pivot that cancelled to the rounding error of its diagonal entry holds no correct digit, whatever its sign.
+    lost = factor.diagonal() ** 2 <= 4 * torch.finfo(damped.dtype).eps * damped.diagonal()
+    return None if int(info) or bool(lost.any()) else factor
+
+
+def _damped(curvature: Tensor, damping: float) -> Tensor:
+    return curvature + damping * torch.eye(len(curvature), dtype=curvature.dtype)
+
+
+def by_damping(solve: Callable[[list[float]], Sequence[Tensor]], dampings: Sequence[float]) -> dict[float, Tensor]:
+    """{damping: solution} from solve(dampings, rising), without those too small for a positive definite system."""
+    if not len(dampings):
+        raise ValueError("give at least one damping, got none")
+    for damping in dampings:
+        check_damping(damping)
+    rising = sorted(set(dampings))
+    while True:
+        try:
+            return dict(zip(rising, solve(rising), strict=True))
+        except NotPositiveDefinite as error:
+            larger = [damping for damping in rising[1:] if error.needed is None or damping > error.needed]
+            if not larger:
+                raise
+            rising = larger
+
+
+def check_damping(damping: float) -> None:
+    """Raise ValueError for a damping that is negative or not finite."""
+    if not (math.isfinite(damping) and damping >= 0):
+        raise ValueError(f"damping must be finite and >= 0, got {damping}")
 
 
 def _positive(bent: Tensor) -> Tensor:

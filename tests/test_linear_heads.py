@@ -1,0 +1,96 @@
+"""Heads fitted to the end: optimality, against scikit-learn and the normal equations, and named errors."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.linear_model import LogisticRegression
+
+from tda_core import linear_heads
+from tda_core.closed_form import stride_closed_form
+from tda_core.features import input_pca, kernel_pca, raw_input, with_bias
+from tda_core.gradients import exact_influence
+from tda_core.kernels import ReluKernel
+from tda_core.linear_heads import own_fit, settle
+from tests.toys import FLOAT64, continuous, labelled, random_problem
+
+
+def features(problem):
+    return kernel_pca(problem.train.inputs, ReluKernel((4, 9, 3)), 4)
+
+
+def test_ridge_regression_solves_its_normal_equations():
+    problem = random_problem((4, 5, 1), n=30)
+    phi = with_bias(raw_input(problem.train.inputs))
+    x, y = phi(problem.train.inputs), problem.train.targets
+    for fit, offset in ((own_fit, 0.0), (settle, problem.outputs(problem.train.inputs)[:, 0])):
+        made = fit(problem, phi, 0.3)
+        expected = torch.linalg.solve(x.T @ x / 30 + 0.3 * torch.eye(5, dtype=FLOAT64), x.T @ (y - offset) / 30)
+        torch.testing.assert_close(made.theta, expected)
+        queries = continuous(5, seed=9)
+        start = 0 if fit is own_fit else problem.outputs(queries.inputs)
+        torch.testing.assert_close(made.outputs(queries.inputs), start + (phi(queries.inputs) @ expected)[:, None])
+
+
+def test_softmax_regression_agrees_with_scikit_learn():
+    problem = random_problem((4, 5, 3), n=60)
+    phi, ridge = raw_input(problem.train.inputs), 0.02
+    x, y = problem.train.inputs.numpy(), problem.train.targets.numpy()
+    theirs = LogisticRegression(C=1 / (60 * ridge), fit_intercept=False, tol=1e-12, max_iter=10_000).fit(x, y)
+    ours = own_fit(problem, phi, ridge).theta.view(3, 4)
+    np.testing.assert_allclose(ours - ours.mean(0), theirs.coef_ - theirs.coef_.mean(0), atol=1e-4)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 999), st.sampled_from([1e-4, 1e-2, 1.0]), st.sampled_from([(4, 5, 3), (4, 5, 2), (4, 5, 1)]))
+def test_nothing_is_left_to_gain(seed, ridge, layers):
+    problem = random_problem(layers, n=25, seed=seed)
+    for made in (own_fit(problem, features(problem), ridge), settle(problem, features(problem), ridge)):
+        slope = made.gradients(made.train).mean(0) + ridge * made.theta
+        assert float(slope.norm()) < 1e-3 * float(made.gradients(made.train).norm(dim=1).mean())
+
+
+def test_influence_in_a_fitted_head_is_the_closed_form():
+    problem, queries = random_problem((4, 5, 3), n=40), labelled(6, seed=3)
+    for fit in (own_fit, settle):
+        made = fit(problem, features(problem), 0.05)
+        expected = exact_influence(made, 0.1).scores(queries)
+        torch.testing.assert_close(stride_closed_form(made, features(problem), 0.15).scores(queries), expected)
+
+
+def test_a_large_ridge_leaves_the_network_as_it_is_and_a_small_one_fits_the_data():
+    problem = random_problem((4, 5, 3), n=40)
+    x = problem.train.inputs
+    far = settle(problem, features(problem), 1e6)
+    torch.testing.assert_close(far.outputs(x), problem.outputs(x), rtol=1e-4, atol=1e-4)
+    losses = [
+        float(settle(problem, features(problem), ridge).losses(problem.train).mean()) for ridge in (1, 1e-2, 1e-4)
+    ]
+    assert losses[0] > losses[1] > losses[2]
+
+
+def test_of_the_network_the_control_uses_nothing():
+    problem = random_problem((4, 5, 3))
+    other = problem.at(torch.randn_like(problem.theta))
+    assert torch.equal(own_fit(problem, features(problem), 0.1).theta, own_fit(other, features(problem), 0.1).theta)
+    assert not torch.equal(settle(problem, features(problem), 0.1).theta, settle(other, features(problem), 0.1).theta)
+
+
+def test_files_tell_heads_on_other_features_apart():
+    problem = random_problem((4, 5, 3))
+    x = problem.train.inputs
+    made = [
+        own_fit(problem, input_pca(x, 2, whiten=floor), 1e9).at(torch.zeros(6, dtype=FLOAT64)) for floor in (0.1, 0.2)
+    ]
+    assert made[0].identity != made[1].identity
+
+
+def test_what_is_wrong_is_named(monkeypatch):
+    problem = random_problem((4, 5, 3))
+    for ridge in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"ridge must be finite and > 0, got {ridge}"):
+            own_fit(problem, features(problem), ridge)
+    monkeypatch.setattr(linear_heads, "MAX_STEPS", 1)
+    with pytest.raises(RuntimeError, match="did not converge in 1 steps"):
+        own_fit(problem, features(problem), 1e-3)
