@@ -1,6 +1,6 @@
-"""Heat maps of what succeeds where: phase transitions, side by side, with the curves of a theory drawn in.
+"""Figures of sparse recovery: planted and recovered influences, and heat maps of what succeeds where.
 
-Apart from `tda_core.plots`, so that the notebooks that draw no heat maps do not depend on these.
+Apart from `tda_core.plots`, so that notebooks without them do not depend on these.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib import patheffects
 from matplotlib.figure import Figure
 
-from tda_core.plots import LINES, Labels
+from tda_core.plots import GREY, LINES, PALETTE, Labels
 
 CURVES = ("white", "#ffb000", "#ff5da2")
 EDGE = (patheffects.withStroke(linewidth=6, foreground="black"),)  # so that curves stand out from light and dark
@@ -78,6 +78,37 @@ def heat_maps(
     figure.colorbar(colours, ax=axes, label=grid.bar, pad=0.02)
     if curves:
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+def influence_panels(planted: np.ndarray, recovered: Mapping[str, np.ndarray], labels: Labels) -> Figure:
+    """What each method recovers of one query's influences: a stem an example, the planted ones ringed.
+
+    planted: (n,). recovered: title -> (n,), drawn in their own panels over one x axis, each scaled to its largest
+    entry, since methods that shrink keep another scale than what was planted. Raises ValueError for no panels and for
+    arrays of another shape.
+    """
+    if not recovered:
+        raise ValueError("there are no panels to draw")
+    planted = np.asarray(planted, dtype=np.float64)
+    figure, axes = plt.subplots(
+        len(recovered), 1, figsize=(11, 1.2 + 1.9 * len(recovered)), layout="constrained", sharex=True, squeeze=False
+    )
+    places = np.flatnonzero(planted)
+    rings = planted[places] / np.abs(planted).max(initial=1e-300)
+    for index, (axis, (title, values)) in enumerate(zip(axes[:, 0], recovered.items(), strict=True)):
+        values = np.asarray(values, dtype=np.float64)
+        if values.shape != planted.shape or planted.ndim != 1:
+            raise ValueError(f"planted and {title!r} must be (n,) alike, got {planted.shape} and {values.shape}")
+        scaled = values / max(np.abs(values).max(initial=0), 1e-300)
+        axis.vlines(np.arange(len(values)), 0, scaled, color=PALETTE[index % len(PALETTE)], linewidth=2.5)
+        axis.plot(places, rings, "o", color=GREY, markersize=9, markerfacecolor="none", markeredgewidth=2)
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set(ylim=(-1.25, 1.25), yticks=(-1, 0, 1), title=title)
+        axis.grid(False)
+    axes[-1, 0].set_xlabel(labels.x)
+    figure.supylabel(labels.y, fontsize=16)
+    figure.suptitle(labels.title)
     return figure
 
 
