@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib import patheffects
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
-from tda_core.plots import GREY, LINES, PALETTE, Labels
+from tda_core.plots import GREY, PALETTE, PLAIN_NUMBERS, Labels
 
 CURVES = ("white", "#ffb000", "#ff5da2")
 EDGE = (patheffects.withStroke(linewidth=6, foreground="black"),)  # so that curves stand out from light and dark
@@ -68,10 +70,12 @@ def heat_maps(
         for index, (name, heights) in enumerate((curves or {}).items()):
             if len(heights) != len(x):
                 raise ValueError(f"curve {name!r} has {len(heights)} values, but x has {len(x)}")
-            look = {"color": CURVES[index % len(CURVES)], "linestyle": LINES[index % len(LINES)], "linewidth": 3}
-            axis.plot(x, heights, label=name, path_effects=EDGE, **look)
-        axis.set(xlim=edges[0][[0, -1]], ylim=edges[1][[0, -1]], xlabel=labels.x, title=title)
-        axis.set(xscale="log" if grid.log_x else "linear", yscale="log" if grid.log_y else "linear")
+            axis.plot(x, heights, label=name, color=CURVES[index % len(CURVES)], linewidth=3, path_effects=EDGE)
+        axis.set(xlabel=labels.x, title=title)
+        for one, log in ((axis.xaxis, grid.log_x), (axis.yaxis, grid.log_y)):
+            if log:
+                _log_axis(one)
+        axis.set(xlim=edges[0][[0, -1]], ylim=edges[1][[0, -1]])
         axis.grid(False)
     axes[0, 0].set_ylabel(labels.y)
     figure.suptitle(labels.title)
@@ -110,6 +114,14 @@ def influence_panels(planted: np.ndarray, recovered: Mapping[str, np.ndarray], l
     figure.supylabel(labels.y, fontsize=16)
     figure.suptitle(labels.title)
     return figure
+
+
+def _log_axis(axis: Axis) -> None:
+    """A logarithmic axis with plain numbers at 1, 2 and 5."""
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(PLAIN_NUMBERS)
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _edges(values: np.ndarray, log: bool) -> np.ndarray:
