@@ -1,0 +1,136 @@
+"""A membership matrix M (K, n) as recovery uses it: checked once, dense or sparse, never made dense when sparse.
+
+Sparse recovery needs three products only: M'r for residuals, columns of M for the few examples that carry
+weight, and M M' (K, K). Centring (an intercept) is done implicitly, so that a sparse M stays sparse.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import scipy.sparse
+import torch
+from torch import Tensor
+
+Membership = Tensor | np.ndarray | scipy.sparse.sparray | scipy.sparse.spmatrix
+# Largest dense M that products use as it is; a larger one is kept sparse (bytes are 8 times this).
+DENSE_FLOATS = 2**22
+
+
+@dataclass(frozen=True, eq=False)
+class Design:
+    """M (K, n): row k says which of n examples are in subset k.
+
+    held: float64 M dense on its device, or scipy's csc_array (which stays on the CPU).
+    """
+
+    held: Tensor | scipy.sparse.csc_array
+
+    @classmethod
+    def of(cls, membership: "Membership | Design") -> "Design":
+        """Checked M. membership: (K, n) bool or number, torch, numpy or scipy.sparse; small sparse ones become dense.
+
+        Raises ValueError for another shape, K < 2, values that are not finite, an empty row (a subset of nobody) or
+        column (an example in no subset, about which nothing was measured).
+        """
+        if isinstance(membership, Design):
+            return membership
+        shape = tuple(getattr(membership, "shape", ()))
+        if len(shape) != 2:
+            raise ValueError(f"the membership matrix must be (K, n), got shape {shape}")
+        if shape[0] < 2 or shape[1] < 1:
+            raise ValueError(f"the membership matrix needs K >= 2 subsets and n >= 1 examples, got {shape}")
+        if scipy.sparse.issparse(membership):
+            held = scipy.sparse.csc_array(membership, dtype=np.float64)
+            held.eliminate_zeros()
+            values = torch.from_numpy(held.data)
+            # counted by index, because a column of M may sum to zero without being empty
+            in_row, in_column = np.bincount(held.indices, minlength=shape[0]), np.diff(held.indptr)
+        else:
+            held = torch.as_tensor(membership).detach().double()
+            values, member = held, held != 0
+            in_row, in_column = member.sum(1).cpu().numpy(), member.sum(0).cpu().numpy()
+        if not torch.isfinite(values).all():
+            raise ValueError("the membership matrix must be finite, but holds NaN or infinity")
+        if not in_row.all():
+            raise ValueError(f"every subset needs a member, but row {int(np.argmin(in_row))} of M is empty")
+        if not in_column.all():
+            column = int(np.argmin(in_column))
+            raise ValueError(f"every example must be in a subset, but column {column} of M is empty")
+        if scipy.sparse.issparse(held) and held.shape[0] * held.shape[1] <= DENSE_FLOATS:
+            held = torch.from_numpy(held.toarray())
+        return cls(held)
+
+    @property
+    def n_subsets(self) -> int:
+        return self.held.shape[0]
+
+    @property
+    def n_examples(self) -> int:
+        return self.held.shape[1]
+
+    @property
+    def is_sparse(self) -> bool:
+        return not isinstance(self.held, Tensor)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu") if self.is_sparse else self.held.device
+
+    def measurements(self, y: Tensor | np.ndarray) -> Tensor:
+        """Checked measurements, one row a query: (q, K) float64 on M's device.
+
+        Raises ValueError for another shape and for values that are not finite, naming the first.
+        """
+        y = torch.as_tensor(y).detach()
+        if y.ndim != 2 or y.shape[1] != self.n_subsets or not len(y):
+            raise ValueError(f"measurements must be (q, K) with K = {self.n_subsets}, got shape {tuple(y.shape)}")
+        if not torch.isfinite(y).all():
+            query, k = (~torch.isfinite(y)).nonzero()[0].tolist()
+            raise ValueError(f"measurements must be finite, but [{query}, {k}] is {y[query, k].item()}")
+        return y.to(device=self.device, dtype=torch.float64)
+
+    def correlate(self, residuals: Tensor) -> Tensor:
+        """Each row r of residuals (q, K) as M'r: (q, n)."""
+        if not self.is_sparse:
+            return residuals @ self.held
+        return torch.from_numpy(self._transposed @ residuals.numpy().T).T
+
+    def predict(self, weights: Tensor) -> Tensor:
+        """Each row w of weights (q, n) as M w: (q, K). Costs little for weights with few nonzero columns."""
+        if not self.is_sparse:
+            return weights @ self.held.T
+        used = (weights != 0).any(0).nonzero()[:, 0]
+        return weights[:, used] @ self.columns(used).T
+
+    def columns(self, index: Tensor) -> Tensor:
+        """The named columns, dense: (K, len(index))."""
+        if not self.is_sparse:
+            return self.held[:, index]
+        return torch.from_numpy(self.held[:, index.numpy()].toarray())
+
+    def rows(self, index: np.ndarray) -> "Design":
+        """The design of the named subsets alone, not checked for examples that are in none of them."""
+        return Design(self.held.tocsr()[index].tocsc() if self.is_sparse else self.held[torch.from_numpy(index)])
+
+    @cached_property
+    def means(self) -> Tensor:
+        """Mean of every column: (n,)."""
+        ones = torch.ones(1, self.n_subsets, dtype=torch.float64, device=self.device)
+        return self.correlate(ones)[0] / self.n_subsets
+
+    def squared_norms(self, *, centred: bool = False) -> Tensor:
+        """Squared length of every column, of the centred one if asked: (n,)."""
+        if self.is_sparse:
+            squared = torch.from_numpy(np.asarray(self.held.power(2).sum(axis=0)))
+        else:
+            squared = (self.held**2).sum(0)
+        return (squared - self.n_subsets * self.means**2).clamp_min(0) if centred else squared
+
+    def kernel(self) -> Tensor:
+        """M M' (K, K), dense."""
+        return torch.from_numpy((self.held @ self.held.T).toarray()) if self.is_sparse else self.held @ self.held.T
+
+    @cached_property
+    def _transposed(self) -> scipy.sparse.csr_array:
+        return self.held.T.tocsr()
