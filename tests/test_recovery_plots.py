@@ -1,12 +1,12 @@
-"""Heat maps hold what they were given, and refuse what they cannot draw."""
+"""Heat maps and panels of influences hold what they were given, and refuse what they cannot draw."""
 
 import matplotlib
 import numpy as np
 import pytest
 from matplotlib import pyplot as plt
 
-from tda_core.phase_plots import Grid, heat_maps
 from tda_core.plots import Labels
+from tda_core.recovery_plots import Grid, heat_maps, influence_panels
 
 matplotlib.use("agg")
 LABELS = Labels("subsets", "influences", "title")
@@ -64,3 +64,20 @@ def test_bad_input_is_named():
         Grid([1, 2], [1], "share")
     with pytest.raises(ValueError, match="logarithmic y needs values above 0, got 0"):
         Grid([1, 2], [0, 2], "share", log_y=True)
+
+
+def test_panels_of_influences_ring_what_was_planted():
+    planted, found = np.array([0.0, 2, 0, -2]), np.array([0.1, 0.5, 0, -0.2])
+    figure = influence_panels(planted, {"a": found, "b": np.zeros(4)}, Labels("example", "influence", "title"))
+    first, second = figure.axes
+    for axis, expected in ((first, [0.2, 1, 0, -0.4]), (second, [0, 0, 0, 0])):
+        stems = axis.collections[0].get_segments()
+        assert [stem[0].tolist() for stem in stems] == [[i, 0] for i in range(4)]
+        assert [stem[1][1] for stem in stems] == pytest.approx(expected)
+        assert axis.lines[0].get_xdata().tolist() == [1, 3] and axis.lines[0].get_ydata().tolist() == [1, -1]
+    assert (first.get_title(), second.get_title()) == ("a", "b")
+    assert (figure.get_supylabel(), second.get_xlabel(), figure.get_suptitle()) == ("influence", "example", "title")
+    with pytest.raises(ValueError, match="no panels"):
+        influence_panels(planted, {}, LABELS)
+    with pytest.raises(ValueError, match=r"planted and 'a' must be \(n,\) alike, got \(4,\) and \(3,\)"):
+        influence_panels(planted, {"a": found[:3]}, LABELS)

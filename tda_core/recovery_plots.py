@@ -1,6 +1,6 @@
-"""Heat maps of what succeeds where: phase transitions, side by side, with the curves of a theory drawn in.
+"""Figures of sparse recovery: planted and recovered influences, and heat maps of what succeeds where.
 
-Apart from `tda_core.plots`, so that the notebooks that draw no heat maps do not depend on these.
+Apart from `tda_core.plots`, so that notebooks without them do not depend on these.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib import patheffects
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
-from tda_core.plots import LINES, Labels
+from tda_core.plots import GREY, PALETTE, PLAIN_NUMBERS, Labels
 
 CURVES = ("white", "#ffb000", "#ff5da2")
 EDGE = (patheffects.withStroke(linewidth=6, foreground="black"),)  # so that curves stand out from light and dark
@@ -68,10 +70,12 @@ def heat_maps(
         for index, (name, heights) in enumerate((curves or {}).items()):
             if len(heights) != len(x):
                 raise ValueError(f"curve {name!r} has {len(heights)} values, but x has {len(x)}")
-            look = {"color": CURVES[index % len(CURVES)], "linestyle": LINES[index % len(LINES)], "linewidth": 3}
-            axis.plot(x, heights, label=name, path_effects=EDGE, **look)
-        axis.set(xlim=edges[0][[0, -1]], ylim=edges[1][[0, -1]], xlabel=labels.x, title=title)
-        axis.set(xscale="log" if grid.log_x else "linear", yscale="log" if grid.log_y else "linear")
+            axis.plot(x, heights, label=name, color=CURVES[index % len(CURVES)], linewidth=3, path_effects=EDGE)
+        axis.set(xlabel=labels.x, title=title)
+        for one, log in ((axis.xaxis, grid.log_x), (axis.yaxis, grid.log_y)):
+            if log:
+                _log_axis(one)
+        axis.set(xlim=edges[0][[0, -1]], ylim=edges[1][[0, -1]])
         axis.grid(False)
     axes[0, 0].set_ylabel(labels.y)
     figure.suptitle(labels.title)
@@ -79,6 +83,45 @@ def heat_maps(
     if curves:
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
+
+
+def influence_panels(planted: np.ndarray, recovered: Mapping[str, np.ndarray], labels: Labels) -> Figure:
+    """What each method recovers of one query's influences: a stem an example, the planted ones ringed.
+
+    planted: (n,). recovered: title -> (n,), drawn in their own panels over one x axis, each scaled to its largest
+    entry, since methods that shrink keep another scale than what was planted. Raises ValueError for no panels and for
+    arrays of another shape.
+    """
+    if not recovered:
+        raise ValueError("there are no panels to draw")
+    planted = np.asarray(planted, dtype=np.float64)
+    figure, axes = plt.subplots(
+        len(recovered), 1, figsize=(11, 1.2 + 1.9 * len(recovered)), layout="constrained", sharex=True, squeeze=False
+    )
+    places = np.flatnonzero(planted)
+    rings = planted[places] / np.abs(planted).max(initial=1e-300)
+    for index, (axis, (title, values)) in enumerate(zip(axes[:, 0], recovered.items(), strict=True)):
+        values = np.asarray(values, dtype=np.float64)
+        if values.shape != planted.shape or planted.ndim != 1:
+            raise ValueError(f"planted and {title!r} must be (n,) alike, got {planted.shape} and {values.shape}")
+        scaled = values / max(np.abs(values).max(initial=0), 1e-300)
+        axis.vlines(np.arange(len(values)), 0, scaled, color=PALETTE[index % len(PALETTE)], linewidth=2.5)
+        axis.plot(places, rings, "o", color=GREY, markersize=9, markerfacecolor="none", markeredgewidth=2)
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set(ylim=(-1.25, 1.25), yticks=(-1, 0, 1), title=title)
+        axis.grid(False)
+    axes[-1, 0].set_xlabel(labels.x)
+    figure.supylabel(labels.y, fontsize=16)
+    figure.suptitle(labels.title)
+    return figure
+
+
+def _log_axis(axis: Axis) -> None:
+    """A logarithmic axis with plain numbers at 1, 2 and 5."""
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(PLAIN_NUMBERS)
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _edges(values: np.ndarray, log: bool) -> np.ndarray:
