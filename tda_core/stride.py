@@ -18,20 +18,18 @@ from tda_core.examples import Examples
 from tda_core.feature_maps import FeatureMap, from_state
 from tda_core.problem import Problem
 from tda_core.recovery import Penalty, Recovered, lam_scale, recover
-from tda_core.recovery_choice import choose_lambda
+from tda_core.recovery_choice import RULES, choose_lambda, held_out
 from tda_core.steering import Operators, make_basis, site_of
 from tda_core.steering_fit import Course, Monitor, Steering, fit_operators
 from tda_core.store import load_tensors, save_tensors
-
-CHOICES = ("heldout", "universal")
 
 
 @dataclass(frozen=True)
 class Recovery:
     """How measurements become influences.
 
-    lam: a share of `recovery.lam_scale` for each query; or "heldout" or "universal" (`recovery_choice.choose_lambda`,
-    from the queries' measurements alone: no ground truth is seen). target: "loss" as published, or "margin".
+    lam: a share of `recovery.lam_scale` for each query; or one of `recovery_choice.RULES`, which choose it by the
+    queries' measurements alone: no ground truth is seen. target: "loss" as published, or "margin".
     """
 
     lam: float | str = 0.03
@@ -41,8 +39,8 @@ class Recovery:
 
     def __post_init__(self) -> None:
         if isinstance(self.lam, str):
-            if self.lam not in CHOICES:
-                raise ValueError(f"unknown lam {self.lam!r}, expected a share of the largest lam or one of {CHOICES}")
+            if self.lam not in RULES:
+                raise ValueError(f"unknown lam {self.lam!r}, expected a share of the largest lam or one of {RULES}")
         elif not 0 < self.lam < float("inf"):
             raise ValueError(f"lam must be > 0 and finite, got {self.lam}")
 
@@ -54,7 +52,7 @@ class Recovery:
         if self.penalty.kind == "correlation":
             lam = None
         elif isinstance(self.lam, str):
-            lam = choose_lambda(membership, measurements, self.penalty, by=self.lam).lam
+            lam = choose_lambda(membership, measurements, self.lam, self.penalty)
         else:
             lam = self.lam * lam_scale(membership, measurements, self.penalty)
         return recover(membership, measurements, lam, self.penalty, tolerance=self.tolerance)
@@ -144,6 +142,20 @@ def fit_stride(
     columns = sparse.csc_array(membership)
     operators, course = fit_operators(problem, columns, features, steering, seed=seed, monitor=monitor)
     return Stride(columns, operators, course, steering, Recovery())
+
+
+def heldout_monitor(membership: sparse.sparray, probes: Examples, target: str = "loss") -> Monitor:
+    """A monitor that retrains nothing: how well measurements of some subsets foretell those of others.
+
+    1 - the held-out error of `recovery_choice.held_out`, at its best lam: the share of the variance of the probes'
+    measurements that is foretold. probes: any examples but the reported queries, such as training examples.
+    """
+
+    def monitor(operators: Operators) -> float:
+        choice = held_out(membership, operators.measurements(probes, target))
+        return 1 - float(choice.errors.mean(1).min())
+
+    return monitor
 
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
