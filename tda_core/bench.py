@@ -17,7 +17,7 @@ from tda_core.data import Dataset, load_dataset
 from tda_core.examples import Examples
 from tda_core.files import atomic_write
 from tda_core.ground_truth import GroundTruth, retrain
-from tda_core.metrics import Ceiling, Estimate, check_sign, lds, lds_ceiling
+from tda_core.metrics import Ceiling, Estimate, check_sign, lds, lds_ceiling, lds_over_models
 from tda_core.problem import Problem
 from tda_core.recipes import Recipe
 from tda_core.store import Store
@@ -35,14 +35,14 @@ class Tuned:
     tried: all settings of the search, those left out of `validation` because they failed among them.
     """
 
-    setting: float
-    validation: dict[float, Estimate]
+    setting: Any
+    validation: dict[Any, Estimate]
     method: Any
-    tried: tuple[float, ...]
+    tried: tuple[Any, ...]
 
     @property
     def at_edge(self) -> bool:
-        """Whether the chosen setting is the smallest or the largest tried, so that one beyond may be better.
+        """Whether the chosen number is the smallest or the largest tried, so that one beyond may be better.
 
         A setting of 0 is no edge: no damping lies below it.
         """
@@ -101,12 +101,16 @@ class Bench:
 
     def lds(self, scores: Tensor) -> Estimate:
         """LDS of test scores (n_query, n_train). Raises SignError for a reversed sign."""
-        found = lds(scores, self.test.masks, self.test.outcomes)
+        return self.lds_over_models([scores])
+
+    def lds_over_models(self, scores: Sequence[Tensor]) -> Estimate:
+        """Mean LDS of test scores (n_query, n_train) of several models. Raises SignError for a reversed sign."""
+        found = lds_over_models(scores, self.test.masks, self.test.outcomes)
         if found.high < 0:  # what the check refuses; it computes the LDS once more
-            check_sign(scores, self.test.masks, self.test.outcomes)
+            check_sign(scores[0], self.test.masks, self.test.outcomes)
         return found
 
-    def tune(self, fit: Callable[[float], Any], settings: Sequence[float]) -> Tuned:
+    def tune(self, fit: Callable[[Any], Any], settings: Sequence[Any]) -> Tuned:
         """Fit with every setting (a damping, say) and keep the one with the highest LDS on validation queries.
 
         A setting with which `fit` or its scores raise ValueError (a singular system) is left out; if all do,
@@ -148,5 +152,5 @@ def _expect_some(settings: Sequence[float]) -> None:
         raise ValueError("tune needs at least one setting, got none")
 
 
-def _highest(table: dict[float, Estimate]) -> float:
+def _highest(table: dict[Any, Estimate]) -> Any:
     return max(table, key=lambda setting: table[setting].value)

@@ -9,7 +9,7 @@ A rank correlation with a constant side is undefined. Here it counts as 0: a met
 the subsets of a query explains nothing about it, and leaving such queries out would reward silence.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,6 +56,18 @@ def lds(scores: Array, masks: Array, outcomes: Array, *, n_bootstrap: int = 1000
     """Mean of `lds_per_query`, with the 95% interval of a two-way bootstrap over queries and subsets."""
     predicted, true = _predictions_and_outcomes(scores, masks, outcomes)
     return _mean_correlation([predicted], true, n_bootstrap, seed)
+
+
+def lds_over_models(scores: Sequence[Array], masks: Array, outcomes: Array, *, seed: int = 0) -> Estimate:
+    """Mean over several models' scores of their `lds`: what a method is worth for a model of any one seed.
+
+    All models meet the same resampled queries and subsets. This is not the LDS of the mean scores, which is higher
+    where models err independently. Raises ValueError for no scores, and as `lds` does.
+    """
+    if not len(scores):
+        raise ValueError("give the scores of at least one model, got none")
+    pairs = [_predictions_and_outcomes(one, masks, outcomes) for one in scores]
+    return _mean_correlation([predicted for predicted, _ in pairs], pairs[0][1], 1000, seed, averaged=True)
 
 
 def lds_difference(scores_a: Array, scores_b: Array, masks: Array, outcomes: Array, *, seed: int = 0) -> Estimate:
@@ -225,18 +237,24 @@ def _mean_over_seeds(value: Array, name: str) -> np.ndarray:
     return array.mean(1) if array.ndim == 3 else array
 
 
-def _mean_correlation(predicted: list[np.ndarray], true: np.ndarray, n_bootstrap: int, seed: int) -> Estimate:
-    """Mean correlation of predicted[0] with true (minus that of predicted[1]), two-way bootstrap."""
+def _mean_correlation(
+    predicted: list[np.ndarray], true: np.ndarray, n_bootstrap: int, seed: int, *, averaged: bool = False
+) -> Estimate:
+    """Mean correlation of predicted[0] with true (minus that of predicted[1]), two-way bootstrap.
+
+    averaged: the mean of those of all `predicted` instead.
+    """
     rng = np.random.default_rng(seed)
     rows, n_query = true.shape
     row_counts, query_counts = resample_counts(rows, n_bootstrap, rng), resample_counts(n_query, n_bootstrap, rng)
     value, replicates = 0.0, np.zeros(n_bootstrap)
-    for sign, values in zip((1, -1), predicted, strict=False):
-        value += sign * spearman_columns(values, true).mean()
-        replicates += sign * (resampled_spearman(values, true, row_counts) * query_counts).sum(0) / n_query
+    factors = [1 / len(predicted)] * len(predicted) if averaged else [1, -1]
+    for factor, values in zip(factors, predicted, strict=False):
+        value += factor * spearman_columns(values, true).mean()
+        replicates += factor * (resampled_spearman(values, true, row_counts) * query_counts).sum(0) / n_query
     # Rows drawn twice tie, which pulls rank correlations towards 0 (by .005 with 100 rows, .015 with 30). Shifting
     # the replicates back to the value raises the coverage of the 95% interval from .83 to .98 (30 rows, true LDS .8).
-    bound = float(len(predicted))
+    bound = 1.0 if averaged else float(len(predicted))
     shifted = np.clip(replicates + (value - replicates.mean()), -bound, bound)
     return Estimate(float(value), *percentile_interval(shifted), n=n_query)
 

@@ -18,7 +18,7 @@ from tda_core.examples import Examples
 from tda_core.feature_maps import FeatureMap, from_state
 from tda_core.problem import Problem
 from tda_core.recovery import Penalty, Recovered, lam_scale, recover
-from tda_core.recovery_choice import RULES, choose_lambda, held_out
+from tda_core.recovery_choice import RULES, Folds, choose_lambda, held_out
 from tda_core.steering import Operators, make_basis, site_of
 from tda_core.steering_fit import Course, Monitor, Steering, fit_operators
 from tda_core.store import load_tensors, save_tensors
@@ -152,7 +152,7 @@ def heldout_monitor(membership: sparse.sparray, probes: Examples, target: str = 
     """
 
     def monitor(operators: Operators) -> float:
-        choice = held_out(membership, operators.measurements(probes, target))
+        choice = held_out(membership, operators.measurements(probes, target), folds=Folds(shares=(0.3, 0.1, 0.03)))
         return 1 - float(choice.errors.mean(1).min())
 
     return monitor

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import rankdata, spearmanr
 
+from tda_core import metrics
 from tda_core.metrics import (
     Ceiling,
     Estimate,
@@ -358,3 +359,18 @@ def test_resampled_ranks_sum_to_those_of_scipy_on_heavy_ties():
     y = np.array([[3.0], [9.0], [1.0], [2.0]])
     expected = np.corrcoef(rankdata([1, 1, 2, 0]), rankdata([3, 3, 1, 2]))[0, 1]
     assert resampled_spearman(x, y, counts)[0, 0] == pytest.approx(expected, abs=1e-12)
+
+
+def test_lds_over_models_is_the_mean_of_theirs():
+    rng = np.random.default_rng(0)
+    masks = rng.random((40, 12)) < 0.5
+    truth = rng.normal(size=(5, 12))
+    outcomes = masks @ truth.T + 0.5 * rng.normal(size=(40, 5))
+    scores = [truth + noise * rng.normal(size=truth.shape) for noise in (0.1, 1.0, 3.0)]
+    found = metrics.lds_over_models(scores, masks, outcomes)
+    each = [metrics.lds(one, masks, outcomes) for one in scores]
+    assert found.value == pytest.approx(np.mean([e.value for e in each]), abs=1e-12)
+    assert found.low < found.value < found.high and found.n == 5
+    assert metrics.lds_over_models(scores[:1], masks, outcomes) == each[0]
+    with pytest.raises(ValueError, match="at least one model, got none"):
+        metrics.lds_over_models([], masks, outcomes)
