@@ -112,7 +112,7 @@ def method_bars(
     """
     if not estimates:
         raise ValueError("there are no estimates to draw")
-    ends = [_ends(estimate) for estimate in estimates.values()]
+    ends = [interval_ends(estimate) for estimate in estimates.values()]
     left, right = min(low for low, _ in ends), max(ceiling or 0.0, *(high for _, high in ends))
     if log_x and left <= 0:
         raise ValueError(f"a logarithmic axis needs values above 0, got {left}")
@@ -128,7 +128,7 @@ def method_bars(
             alone = len(groups[name]) == 1
             place = position + (0 if alone else 0.2 if variant == "tuned" else -0.2)
             axis.barh(place, estimate.value, 0.64 if alone else 0.38, **BARS[variant])
-            low, high = _ends(estimate)
+            low, high = interval_ends(estimate)
             axis.plot([low, high], [place] * 2, color="black", linewidth=2, solid_capstyle="butt")
             text = f"{estimate.value:.3g}" if log_x else f"{estimate.value:.2f}"
             axis.annotate(text, (max(high, 0), place), (6, 0), textcoords="offset points", va="center", fontsize=13)
@@ -223,7 +223,7 @@ def tradeoff(
         raise ValueError("there are no points to draw")
     figure, axis = plt.subplots(figsize=(11, 6.5))
     for index, (name, (cost, quality)) in enumerate(sorted(points.items(), key=lambda item: item[1][0])):
-        low, high = _ends(quality)
+        low, high = interval_ends(quality)
         # another marker with a colour that comes again
         colour, marker = PALETTE[index % len(PALETTE)], MARKERS[(index + index // len(PALETTE)) % len(MARKERS)]
         filled = colour if name in ours else "white"
@@ -285,7 +285,7 @@ def _log_axis(axis: Axis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _ends(estimate: Any) -> tuple[float, float]:
+def interval_ends(estimate: Any) -> tuple[float, float]:
     """The ends of the interval, or the value twice where there is none."""
     return (estimate.value, estimate.value) if estimate.low is None else (estimate.low, estimate.high)
 
