@@ -153,25 +153,27 @@ def _descend(
 
 @dataclass(frozen=True, eq=False)
 class _Subsets:
-    """index, weights: (K, m) members of each subset and their shares, padded with zeros. outside: (K, n) 0 or 1."""
+    """columns: (K, n) membership. index, weights: (K, m) members of each subset and their shares, padded with zeros."""
 
+    columns: sparse.csc_array
     index: Tensor
     weights: Tensor
-    outside: Tensor
 
     @classmethod
     def of(cls, membership: sparse.csc_array, dtype: torch.dtype) -> "_Subsets":
         rows = membership.tocsr()
-        k, n = rows.shape
+        k, _ = rows.shape
         sizes = np.diff(rows.indptr)
         index = torch.zeros(k, int(sizes.max()), dtype=torch.long)
         weights = torch.zeros(index.shape, dtype=dtype)
-        outside = torch.ones(k, n, dtype=dtype)
         for i, size in enumerate(sizes.tolist()):
             members = torch.from_numpy(rows.indices[rows.indptr[i] : rows.indptr[i + 1]].astype(np.int64))
             index[i, :size], weights[i, :size] = members, 1 / size
-            outside[i, members] = 0
-        return cls(index, weights, outside)
+        return cls(membership, index, weights)
+
+    def outside(self, examples: Tensor) -> Tensor:
+        """(K, b): 1 where a subset does not hold the example. Never for all of a large training set at once."""
+        return 1 - torch.from_numpy(self.columns[:, examples.numpy()].toarray()).to(self.weights.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,7 +199,7 @@ class _Training:
         n, size = len(basis), settings.outside
         rows = torch.arange(n) if size is None or size >= n else torch.randperm(n, generator=generator)[:size]
         common = steer(self.site, basis[rows], self.anchors[rows], matrices)
-        share = self.subsets.outside[:, rows]
+        share = self.subsets.outside(rows)
         share = share / share.sum(1, keepdim=True).clamp_min(1)
         stability = steering_losses.stability(self.base[rows], common, share, classifies=train.is_classification)
         if self.residual is None:
