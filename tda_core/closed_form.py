@@ -52,8 +52,7 @@ class Member:
 
     def solved(self, queries: Examples, damping: float, target: str) -> Tensor:
         """(H + damping I)^-1 [(p_q - y_q) (x) phi_q]: (q, c, f)."""
-        phi, outputs = _features_and_outputs(self.problem, self.features, queries)
-        goals = residuals_of(outputs, queries.targets, target)[:, :, None] * phi[:, None]
+        goals = goals_of(self.problem, self.features, queries, target)
         return self.system.solve(goals.flatten(1), damping).view(goals.shape)
 
     def products(self, solved: Tensor) -> Tensor:
@@ -186,6 +185,12 @@ def stride_closed_form(
     Raises ValueError for losses other than cross-entropy and squared error, and as `gradients.exact_influence` does.
     """
     return ClosedFormFamily.of(problem, features, **options).at(damping)
+
+
+def goals_of(problem: Problem, features: FeatureMap, queries: Examples, target: str) -> Tensor:
+    """(p_q - y_q) (x) phi_q, the gradients of the queries' target in the head: (q, c, f)."""
+    phi, outputs = _features_and_outputs(problem, features, queries)
+    return residuals_of(outputs, queries.targets, target)[:, :, None] * phi[:, None]
 
 
 def _features_and_outputs(problem: Problem, features: FeatureMap, examples: Examples) -> tuple[Tensor, Tensor]:

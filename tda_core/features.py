@@ -8,7 +8,6 @@ features, and several of these joined. All give a `FeatureMap` (`tda_core.featur
 from collections.abc import Sequence
 from itertools import pairwise
 
-import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -26,6 +25,7 @@ from tda_core.feature_maps import (
 from tda_core.kernels import Kernel
 from tda_core.models import check_layers
 from tda_core.problem import Problem
+from tda_core.solvers import leading_eigenvectors
 
 __all__ = [
     "FeatureMap",
@@ -108,7 +108,7 @@ def kernel_pca(
     second = sum(phi.T @ phi for phi in (kernel(block, chosen) @ matrix for block in flat.split(BLOCK)))
     if k > matrix.shape[1]:
         raise ValueError(f"the landmarks' kernel has numerical rank {matrix.shape[1]}, below k = {k}: use a smaller k")
-    _, vectors = _leading(second, k)
+    _, vectors = leading_eigenvectors(second, k)
     return KernelFeatures(name, shape, kernel, chosen, matrix @ _signed(vectors))
 
 
@@ -158,18 +158,11 @@ def _kernel_directions(gram: Tensor, k: int, *, exactly: bool) -> Tensor:
 
     Those whose eigenvalues are lost in rounding are left out, or with `exactly` refused.
     """
-    values, vectors = _leading(gram, k)
+    values, vectors = leading_eigenvectors(gram, k)
     sound = values > 10 * torch.finfo(gram.dtype).eps * values[0]
     if exactly and not bool(sound.all()):
         raise ValueError(f"the kernel matrix has numerical rank {int(sound.sum())}, below k = {k}: use a smaller k")
     return _signed(vectors[:, sound]) / values[sound].sqrt()
-
-
-def _leading(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest eigenvalues, falling, and their vectors. Only these: in half of the time of all of them."""
-    m = len(matrix)
-    values, vectors = scipy.linalg.eigh(matrix.numpy(), subset_by_index=[m - k, m - 1])
-    return (torch.from_numpy(part[..., ::-1].copy()) for part in (values, vectors))
 
 
 def _check_count(k: int, largest: int) -> None:

@@ -1,16 +1,19 @@
-"""Linear heads on fixed features that are fitted to the end, as problems of their own.
+"""Other probabilities for closed-form operators: heads that are fitted to the end, and means, as problems of their own.
 
-A closed-form operator (`tda_core.closed_form`) takes a trained network's probabilities as they are. Two questions ask
-for others. `settle`: what if the network were at the optimum of a head beside it, so that nothing is left of where in
-its last steps training happened to stop? `own_fit`: what if there were no network at all? That is the control: what it
-explains follows from the training set and the features, and says nothing about *this* model.
+A closed-form operator (`tda_core.closed_form`) takes a trained network's probabilities as they are. Three questions
+ask for others. `settle`: what if the network were at the optimum of a head beside it, so that nothing is left of where
+in its last steps training happened to stop? `own_fit`: what if there were no network at all? That is the control: what
+it explains follows from the training set and the features, and says nothing about *this* model. `mean_network`: what if
+one network's noise were averaged out before anything is solved?
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from tda_core.examples import Examples
 from tda_core.feature_maps import FeatureMap
 from tda_core.head_systems import Head, system_of
 from tda_core.problem import Problem
@@ -91,3 +94,37 @@ def _minimum(phi: Tensor, outputs: Tensor, problem: Problem, ridge: float) -> Te
                 )
         weights, value = weights + size * head.contrasts @ step, reached
     raise RuntimeError(f"Newton's method did not converge in {MAX_STEPS} steps: use a larger ridge than {ridge:g}")
+
+
+class MeanOf(nn.Module):
+    """Logarithm of several classifiers' mean probabilities, or regressions' mean outputs: (n, ...) -> (n, C)."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        super().__init__()
+        self.problems = tuple(problems)
+        self.classifies = problems[0].train.is_classification
+        for i, problem in enumerate(problems):  # so that a problem's identity knows them
+            self.register_buffer(f"network_{i}", problem.theta)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs = torch.stack([problem.outputs(inputs) for problem in self.problems])
+        if not self.classifies:
+            return outputs.mean(0)
+        return outputs.log_softmax(2).logsumexp(0) - math.log(len(outputs))
+
+
+def mean_network(problems: Sequence[Problem], train: Examples) -> Problem:
+    """Several networks as one frozen model, whose probabilities (outputs, for a regression) are their mean.
+
+    One network's residuals hold what is particular to its seed and to the step that training stopped at; a mean holds
+    less of both, and one closed form of it costs a solve instead of one for each. train: what the mean is to be
+    attributed to, which may hold more than any of the networks were trained on (halves of it, say).
+    Raises ValueError for no problems, for different losses, and for a training set that does not fit them.
+    """
+    if not problems:
+        raise ValueError("give at least one problem, got none")
+    if len({problem.loss for problem in problems}) > 1:
+        raise ValueError(f"the problems must share one loss, got {[problem.loss.__qualname__ for problem in problems]}")
+    for problem in problems:
+        problem.check(train)
+    return Problem(MeanOf(problems), problems[0].theta.new_zeros(0), problems[0].loss, train)

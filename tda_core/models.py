@@ -22,6 +22,26 @@ def mlp(layers: tuple[int, ...], activation: str = "relu") -> nn.Sequential:
     return nn.Sequential(*modules[:-1])
 
 
+def small_convolutional(height: int = 28, width: int = 28, channels: int = 8, n_classes: int = 10) -> nn.Sequential:
+    """Two convolutions with stride 2 and a linear layer, on flattened grey images (n, height * width).
+
+    Raises ValueError for images below 9 x 9, of which the convolutions would leave nothing, and widths below 1.
+    """
+    if min(height, width) < 9 or channels < 1 or n_classes < 1:
+        found = f"{height} x {width}, {channels} channels, {n_classes} classes"
+        raise ValueError(f"images must be 9 x 9 or larger, with 1 channel and class or more, got {found}")
+    rows, columns = (((size - 3) // 2 - 1) // 2 for size in (height, width))
+    return nn.Sequential(
+        nn.Unflatten(1, (1, height, width)),
+        nn.Conv2d(1, channels, 5, stride=2),
+        nn.ReLU(),
+        nn.Conv2d(channels, 2 * channels, 3, stride=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(2 * channels * rows * columns, n_classes),
+    )
+
+
 def check_layers(layers: tuple[int, ...], activation: str) -> None:
     if len(layers) < 2 or any(not isinstance(width, int) or width < 1 for width in layers):
         raise ValueError(f"layers must be at least two widths of 1 or more, got {layers!r}")

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 
+import scipy.linalg
 import torch
 from scipy.sparse.linalg import eigsh
 from torch import Tensor
@@ -150,6 +151,13 @@ def check_damping(damping: float) -> None:
     """Raise ValueError for a damping that is negative or not finite."""
     if not (math.isfinite(damping) and damping >= 0):
         raise ValueError(f"damping must be finite and >= 0, got {damping}")
+
+
+def leading_eigenvectors(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest eigenvalues (k,) of a symmetric matrix, falling, and their vectors (m, k): half the cost of all."""
+    m = len(matrix)
+    values, vectors = scipy.linalg.eigh(matrix.numpy(), subset_by_index=[m - k, m - 1])
+    return (torch.from_numpy(part[..., ::-1].copy()) for part in (values, vectors))
 
 
 def _positive(bent: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ from tda_core.closed_form import stride_closed_form
 from tda_core.features import input_pca, kernel_pca, raw_input, with_bias
 from tda_core.gradients import exact_influence
 from tda_core.kernels import ReluKernel
-from tda_core.linear_heads import own_fit, settle
+from tda_core.linear_heads import mean_network, own_fit, settle
+from tda_core.problem import Problem
 from tests.toys import FLOAT64, continuous, labelled, random_problem
 
 
@@ -84,6 +85,42 @@ def test_files_tell_heads_on_other_features_apart():
         own_fit(problem, input_pca(x, 2, whiten=floor), 1e9).at(torch.zeros(6, dtype=FLOAT64)) for floor in (0.1, 0.2)
     ]
     assert made[0].identity != made[1].identity
+
+
+@pytest.mark.parametrize("layers", [(4, 5, 3), (4, 5, 1)])
+def test_the_mean_of_networks_has_their_mean_probabilities(layers):
+    first = random_problem(layers)
+    problems = [first.at(first.theta * factor) for factor in (1.0, -1.0, 3.0)]
+    made, x = mean_network(problems, first.train), first.train.inputs
+    outputs = torch.stack([problem.outputs(x) for problem in problems])
+    if layers[-1] == 1:
+        torch.testing.assert_close(made.outputs(x), outputs.mean(0))
+    else:
+        torch.testing.assert_close(made.outputs(x).exp(), outputs.softmax(2).mean(0))
+    alone = mean_network(problems[:1], first.train)
+    found = [stride_closed_form(p, features(first), 0.1).scores(first.train[:3]) for p in (first, alone)]
+    torch.testing.assert_close(*found)
+    assert made.identity != mean_network(problems[:2], first.train).identity
+
+
+def test_networks_of_halves_are_attributed_to_the_whole():
+    problem = random_problem((4, 5, 3), n=12)
+    halves = [
+        Problem(problem.module, problem.theta, problem.loss, problem.train[part])
+        for part in (slice(0, 6), slice(6, 12))
+    ]
+    made = mean_network(halves, problem.train)
+    assert stride_closed_form(made, features(problem), 0.1).scores(problem.train[:2]).shape == (2, 12)
+
+
+def test_networks_that_have_no_mean_are_named():
+    problem, regression = random_problem((4, 5, 3)), random_problem((4, 5, 1))
+    with pytest.raises(ValueError, match="at least one problem, got none"):
+        mean_network([], problem.train)
+    with pytest.raises(ValueError, match=r"must share one loss, got .*'cross_entropy', 'squared_error'"):
+        mean_network([problem, regression], problem.train)
+    with pytest.raises(ValueError, match=r"inputs must have shape \(n, 4\)"):
+        mean_network([problem], labelled(5, 6))
 
 
 def test_what_is_wrong_is_named(monkeypatch):
