@@ -17,7 +17,9 @@ from torch import Tensor
 SHARE_OF_EXCESS = 0.5
 # as many as are active already, or this many, but not so many that the active columns become dependent.
 SMALLEST_BLOCK, LARGEST_SUPPORT = 16, 0.9
-NEWTON_STEPS, IDLE_BLOCKS = 20, 3
+NEWTON_STEPS, IDLE_BLOCKS = 500, 3
+# A Newton step that a sign change cuts to less than this share is short
+SHORT_STEP = 0.1
 # Share of the largest correlation that counts as none
 ROUNDING = 1e-13
 # Relative ridge that factorises equal columns; the line search makes up for the tiny change of direction.
@@ -188,6 +190,7 @@ def _newton(gram: Tensor, goal: Goal, correlations: Tensor, start: Tensor, valid
     """
     weights, live = start.clone(), torch.arange(len(start), device=start.device)
     lam, floor = goal.lam[:, None], ROUNDING * (correlations * valid).abs().amax(1, keepdim=True)
+    jammed = torch.zeros_like(lam, dtype=torch.bool)
     for _ in range(NEWTON_STEPS):
         moved = (weights - start)[live, :, None]
         corr = correlations[live] - (gram[live] @ moved)[..., 0]
@@ -199,9 +202,14 @@ def _newton(gram: Tensor, goal: Goal, correlations: Tensor, start: Tensor, valid
         if not len(going):
             break
         rows = slice(None) if len(going) == len(live) else going  # a full index would copy everything
-        live, part, here, corr = live[rows], gram[live[rows]], here[rows], corr[rows]
-        direction = _direction(part, pull[rows], sign[rows], (valid[live] & (here != 0)) | asks[rows], here == 0)
-        weights[live] = _line_search(part, goal.at(live), corr, here, direction)
+        live, part, here, corr, asks = live[rows], gram[live[rows]], here[rows], corr[rows], asks[rows]
+        # after a short step the weights that there are come to rest first: else steps can shorten without end
+        unrest = (asks & (here != 0)).any(1, keepdim=True)
+        jammed[live] &= unrest
+        on = valid[live] & torch.where(here == 0, asks & ~jammed[live], True)
+        direction = _direction(part, pull[rows], sign[rows], on, here == 0)
+        weights[live], step = _line_search(part, goal.at(live), corr, here, direction)
+        jammed[live] |= step < SHORT_STEP
     return weights
 
 
@@ -243,8 +251,8 @@ def _solved(gram: Tensor, goals: Tensor, on: Tensor) -> Tensor:
         jitter *= 100
 
 
-def _line_search(gram: Tensor, goal: Goal, corr: Tensor, weights: Tensor, direction: Tensor) -> Tensor:
-    """The minimum of the objective along the direction, sign changes included: weights (q, s).
+def _line_search(gram: Tensor, goal: Goal, corr: Tensor, weights: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+    """The minimum of the objective along the direction, sign changes included: weights (q, s) and steps (q, 1).
 
     The derivative along it is linear between the points where a weight crosses zero, and jumps up by
     2 lam |direction| there (without end where weights may not be negative).
@@ -268,4 +276,4 @@ def _line_search(gram: Tensor, goal: Goal, corr: Tensor, weights: Tensor, direct
     step = -(slope + total.gather(1, passed)) / curvature
     stops = step <= last  # the minimum is at a crossing, whose weight becomes zero
     moved = weights + torch.maximum(step, last) * direction
-    return torch.where(stops & (crossing == last), 0, moved)
+    return torch.where(stops & (crossing == last), 0, moved), torch.maximum(step, last)
