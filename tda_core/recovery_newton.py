@@ -1,9 +1,7 @@
 """The Lasso of many queries that share one dense M: block active sets and exact Newton steps, batched.
 
 A query starts from no weight at all and takes in, a block at a time, the examples whose correlation with the residual
-exceeds the penalty most. On its few active examples the objective is a piecewise quadratic, which Newton's direction
-and an exact line search over all sign changes minimise in a few steps (the feature-sign search of Lee et al. 2006,
-"Efficient sparse coding algorithms", with blocks for single features). All queries move together: products with M
+exceeds the penalty most; `recovery_active` minimises over those. All queries move together: products with M
 are one matrix product, the small systems one batched Cholesky factorisation. A query leaves when its duality gap,
 which holds whatever happened before, is small enough.
 """
@@ -13,17 +11,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from tda_core.recovery_active import Quadratics, minimise
+
 # A block takes in examples whose excess over the penalty is at least this share of the largest excess,
 SHARE_OF_EXCESS = 0.5
 # as many as are active already, or this many, but not so many that the active columns become dependent.
 SMALLEST_BLOCK, LARGEST_SUPPORT = 16, 0.9
-NEWTON_STEPS, IDLE_BLOCKS = 500, 3
-# A Newton step that a sign change cuts to less than this share is short
-SHORT_STEP = 0.1
-# Share of the largest correlation that counts as none
-ROUNDING = 1e-13
-# Relative ridge that factorises equal columns; the line search makes up for the tiny change of direction.
-JITTER = 1e-10
+IDLE_BLOCKS = 3
+# Share of the largest excess, or of the tolerance, that small systems are solved to; of a correlation that is rounding
+EXACTNESS, ROUNDING = 0.05, 1e-13
 # Floats of the small systems factorised together: about what fits the cache (8 MB)
 CHUNK_FLOATS = 2**20
 
@@ -107,8 +103,12 @@ def solve(matrix: Tensor, goal: Goal, *, tolerance: float, start: Tensor | None 
         if len(going) < len(live):
             live, part = live[going], part.at(going)
             current, correlations = current[going], correlations[going]
-        active = _grown(part, correlations, current, matrix.shape[0])
-        weights[live] = _minimised(transposed, part, correlations, current, active)
+        excess = part.strength(correlations) - part.lam[:, None]
+        active = _grown(excess, current, LARGEST_SUPPORT * matrix.shape[0] if not part.ridge else torch.inf)
+        # what the small systems leave is little beside what the others ask for, or beside the gap
+        floor = torch.maximum(EXACTNESS * excess.amax(1), EXACTNESS * tolerance * part.lam)
+        floor = torch.maximum(floor, ROUNDING * correlations.abs().amax(1))[:, None]
+        weights[live] = _minimised(transposed, part, Moves(correlations, current, active, floor))
     return Solved(weights, gaps, blocks)
 
 
@@ -121,37 +121,53 @@ def refit(matrix: Tensor, goal: Goal, weights: Tensor) -> Tensor:
     free = replace(goal, lam=torch.zeros_like(goal.lam))
     residuals = free.centred(free.y - weights @ matrix.T)
     correlations = residuals @ matrix - free.ridge * weights
-    return _minimised(matrix.T.contiguous(), free, correlations, weights, weights != 0)
+    moves = Moves(correlations, weights, weights != 0, ROUNDING * correlations.abs().amax(1, keepdim=True))
+    return _minimised(matrix.T.contiguous(), free, moves)
 
 
-def _minimised(transposed: Tensor, goal: Goal, correlations: Tensor, weights: Tensor, active: Tensor) -> Tensor:
-    """Weights (q, n) that minimise over each query's active examples alone. correlations: at `weights`."""
+@dataclass(frozen=True, eq=False)
+class Moves:
+    """Where each query stands and which examples may move: correlations, weights, active (q, n).
+
+    floor: (q, 1), how far a correlation may exceed the penalty afterwards.
+    """
+
+    correlations: Tensor
+    weights: Tensor
+    active: Tensor
+    floor: Tensor
+
+
+def _minimised(transposed: Tensor, goal: Goal, moves: Moves) -> Tensor:
+    """Weights (q, n) that minimise over each query's active examples alone."""
     n_subsets, means = transposed.shape[1], transposed.mean(1)
-    result = torch.zeros_like(weights)
-    for rows in _chunks(active.sum(1), n_subsets):
-        index, valid = _padded(active[rows])
+    result = torch.zeros_like(moves.weights)
+    for rows in _chunks(moves.active.sum(1), n_subsets):
+        index, valid = _padded(moves.active[rows])
         columns = transposed[index]
         gram = columns @ columns.mT
         if goal.intercept:
             centre = means[index]
             gram -= n_subsets * centre[:, :, None] * centre[:, None, :]
         gram.diagonal(dim1=1, dim2=2).add_(goal.ridge)
-        start = weights[rows].gather(1, index) * valid
-        small = _newton(gram, goal.at(rows), correlations[rows].gather(1, index), start, valid)
-        result[rows] = torch.zeros_like(weights[rows]).scatter_add_(1, index, small * valid)
+        start = moves.weights[rows].gather(1, index) * valid
+        correlations = moves.correlations[rows].gather(1, index)
+        parts = (goal.lam[rows, None], valid, moves.floor[rows], goal.nonnegative)
+        found = minimise(Quadratics(gram, correlations, start, *parts))
+        result[rows] = torch.zeros_like(moves.weights[rows]).scatter_add_(1, index, found * valid)
     return result
 
 
-def _grown(goal: Goal, correlations: Tensor, weights: Tensor, n_subsets: int) -> Tensor:
-    """What each query works on next: examples with weight, and a block of those that ask for one. (q, n) bool."""
+def _grown(excess: Tensor, weights: Tensor, most: float) -> Tensor:
+    """What each query works on next: examples with weight, and a block of those that ask for one. (q, n) bool.
+
+    most: the number of examples that blocks stop at, but one at a time goes on.
+    """
     used = weights != 0
-    excess = torch.where(used, -torch.inf, goal.strength(correlations) - goal.lam[:, None])
-    largest = excess.amax(1, keepdim=True)
-    new = (excess >= SHARE_OF_EXCESS * largest) & (excess > 0)
+    excess = torch.where(used, -torch.inf, excess)
+    new = (excess >= SHARE_OF_EXCESS * excess.amax(1, keepdim=True)) & (excess > 0)
     count = used.sum(1)
-    room = count.clamp_min(SMALLEST_BLOCK)
-    if not goal.ridge:
-        room = torch.minimum(room, int(LARGEST_SUPPORT * n_subsets) - count).clamp_min(1)
+    room = torch.minimum(count.clamp_min(SMALLEST_BLOCK), (most - count).clamp_min(1)).long()
     over = (new.sum(1) > room).nonzero()[:, 0]
     if len(over):
         top = excess[over].topk(min(int(room[over].max()), excess.shape[1]), dim=1).indices
@@ -181,99 +197,3 @@ def _padded(active: Tensor) -> tuple[Tensor, Tensor]:
     valid = torch.zeros_like(index, dtype=torch.bool)
     index[rows, place], valid[rows, place] = columns, True
     return index, valid
-
-
-def _newton(gram: Tensor, goal: Goal, correlations: Tensor, start: Tensor, valid: Tensor) -> Tensor:
-    """Minimise over the active examples alone, from `start` (q, s), where the correlations are known.
-
-    gram: (q, s, s) with the ridge. Returns weights (q, s).
-    """
-    weights, live = start.clone(), torch.arange(len(start), device=start.device)
-    lam, floor = goal.lam[:, None], ROUNDING * (correlations * valid).abs().amax(1, keepdim=True)
-    jammed = torch.zeros_like(lam, dtype=torch.bool)
-    for _ in range(NEWTON_STEPS):
-        moved = (weights - start)[live, :, None]
-        corr = correlations[live] - (gram[live] @ moved)[..., 0]
-        here, zero = weights[live], weights[live] == 0
-        sign = torch.where(zero, torch.ones_like(corr) if goal.nonnegative else corr.sign(), here.sign())
-        pull = corr - lam[live] * sign  # minus the gradient, on the side that the sign names
-        asks = valid[live] & torch.where(zero, pull * sign, pull.abs()).gt(floor[live])
-        going = asks.any(1).nonzero()[:, 0]
-        if not len(going):
-            break
-        rows = slice(None) if len(going) == len(live) else going  # a full index would copy everything
-        live, part, here, corr, asks = live[rows], gram[live[rows]], here[rows], corr[rows], asks[rows]
-        # after a short step the weights that there are come to rest first: else steps can shorten without end
-        unrest = (asks & (here != 0)).any(1, keepdim=True)
-        jammed[live] &= unrest
-        on = valid[live] & torch.where(here == 0, asks & ~jammed[live], True)
-        direction = _direction(part, pull[rows], sign[rows], on, here == 0)
-        weights[live], step = _line_search(part, goal.at(live), corr, here, direction)
-        jammed[live] |= step < SHORT_STEP
-    return weights
-
-
-def _direction(gram: Tensor, pull: Tensor, sign: Tensor, on: Tensor, zero: Tensor) -> Tensor:
-    """Newton's direction (q, s) over the entries that are on, in which no zero weight leaves against its sign.
-
-    Zero weights that would are held where they are. What remains is a descent direction, or is sought once more
-    without them; where none of them can move and no other weight wants to, the one that asks most moves alone.
-    """
-    direction, on, new = torch.zeros_like(pull), on.clone(), on & zero
-    alone = torch.where(new, pull * sign, 0).argmax(1)
-    rows = torch.arange(len(pull), device=pull.device)
-    while len(rows):
-        found = _solved(gram[rows], torch.where(on[rows], pull[rows], 0), on[rows])
-        wrong = new[rows] & on[rows] & (found * sign[rows] <= 0)
-        held = torch.where(wrong, 0, found)
-        curvature = (held * (gram[rows] @ held[..., None])[..., 0]).sum(1)
-        # an exact Newton direction has as much decrease as curvature
-        again = wrong.any(1) & ((pull[rows] * held).sum(1) <= 1e-3 * curvature)
-        direction[rows] = held
-        on[rows] &= ~wrong
-        rows = rows[again]
-        idle = rows[(direction[rows].abs().amax(1) == 0) | ~(on & new)[rows].any(1)]
-        on[idle] |= torch.zeros_like(on[idle]).scatter(1, alone[idle, None], True)
-        new[idle] = False  # which ends the search: the next direction of these rows is taken as it is
-    return direction
-
-
-def _solved(gram: Tensor, goals: Tensor, on: Tensor) -> Tensor:
-    """gram x = goals over the entries that are on, 0 elsewhere: (q, s)."""
-    system = gram * (on[:, :, None] & on[:, None, :])
-    diagonal = gram.diagonal(dim1=1, dim2=2)
-    jitter = JITTER
-    while True:
-        system.diagonal(dim1=1, dim2=2).copy_(torch.where(on, (1 + jitter) * diagonal, 1))
-        factor, failed = torch.linalg.cholesky_ex(system)
-        if not failed.any():
-            return torch.cholesky_solve(goals[..., None], factor)[..., 0]
-        jitter *= 100
-
-
-def _line_search(gram: Tensor, goal: Goal, corr: Tensor, weights: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
-    """The minimum of the objective along the direction, sign changes included: weights (q, s) and steps (q, 1).
-
-    The derivative along it is linear between the points where a weight crosses zero, and jumps up by
-    2 lam |direction| there (without end where weights may not be negative).
-    """
-    lam = goal.lam[:, None]
-    curvature = (direction * (gram @ direction[..., None])[..., 0]).sum(1, keepdim=True)
-    # along dependent columns it is zero up to rounding, of either sign
-    own = (gram.diagonal(dim1=1, dim2=2) * direction**2).sum(1, keepdim=True)
-    curvature = torch.maximum(curvature, 1e-14 * own).clamp_min(torch.finfo(own.dtype).tiny)
-    side = torch.where(weights == 0, direction.sign(), weights.sign())
-    slope = ((lam * side - corr) * direction).sum(1, keepdim=True)
-    crossing = torch.where(weights * direction < 0, -weights / direction, torch.inf)
-    ordered = crossing.sort(1)
-    jump = (2 * lam * direction.abs()).gather(1, ordered.indices)
-    if goal.nonnegative:
-        jump = torch.full_like(jump, torch.inf)
-    total = torch.cat([torch.zeros_like(slope), jump.cumsum(1)], 1)
-    before = slope + ordered.values * curvature + total[:, :-1]  # the derivative just before each crossing
-    passed = (before < 0).sum(1, keepdim=True)
-    last = torch.cat([torch.zeros_like(slope), ordered.values], 1).gather(1, passed)
-    step = -(slope + total.gather(1, passed)) / curvature
-    stops = step <= last  # the minimum is at a crossing, whose weight becomes zero
-    moved = weights + torch.maximum(step, last) * direction
-    return torch.where(stops & (crossing == last), 0, moved), torch.maximum(step, last)
