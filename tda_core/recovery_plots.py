@@ -18,6 +18,7 @@ from tda_core.plots import GREY, PALETTE, PLAIN_NUMBERS, Labels
 CURVES = ("white", "#ffb000", "#ff5da2")
 EDGE = (patheffects.withStroke(linewidth=6, foreground="black"),)  # so that curves stand out from light and dark
 MAP = "viridis"
+FEW = 6  # values that are all named on an axis
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,8 @@ def heat_maps(
                 raise ValueError(f"curve {name!r} has {len(heights)} values, but x has {len(x)}")
             axis.plot(x, heights, label=name, color=CURVES[index % len(CURVES)], linewidth=3, path_effects=EDGE)
         axis.set(xlabel=labels.x, title=title)
-        for one, log in ((axis.xaxis, grid.log_x), (axis.yaxis, grid.log_y)):
-            if log:
-                _log_axis(one)
+        for one, values, log in ((axis.xaxis, x, grid.log_x), (axis.yaxis, y, grid.log_y)):
+            _scale(one, values, log)
         axis.set(xlim=edges[0][[0, -1]], ylim=edges[1][[0, -1]])
         axis.grid(False)
     axes[0, 0].set_ylabel(labels.y)
@@ -116,12 +116,15 @@ def influence_panels(planted: np.ndarray, recovered: Mapping[str, np.ndarray], l
     return figure
 
 
-def _log_axis(axis: Axis) -> None:
-    """A logarithmic axis with plain numbers at 1, 2 and 5."""
-    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+def _scale(axis: Axis, values: np.ndarray, log: bool) -> None:
+    """The axis with plain numbers: at the measured values where they are few, else at 1, 2 and 5 if logarithmic."""
+    if log:
+        axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_minor_formatter(NullFormatter())
+    if len(values) <= FEW:
+        axis.set_ticks(values)
     axis.set_major_formatter(PLAIN_NUMBERS)
-    axis.set_minor_formatter(NullFormatter())
 
 
 def _edges(values: np.ndarray, log: bool) -> np.ndarray:

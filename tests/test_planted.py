@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 from scipy.stats import spearmanr
 
+from tda_core.design_quality import rule_of_thumb
 from tda_core.designs import left_regular
 from tda_core.planted import (
     correlations,
@@ -20,6 +21,7 @@ from tda_core.planted import (
     sparse_influences,
     support_recovered,
 )
+from tda_core.recovery import lam_scale, recover
 from tda_core.subsets import random_subsets
 
 
@@ -93,6 +95,17 @@ def test_correlations_and_lds_are_those_by_hand():
     assert planted_lds(w, found, n_subsets=40, seed=7) == pytest.approx(by_hand)
     assert planted_lds(w, 3 * w, seed=0) == pytest.approx(1)
     assert planted_lds(w, -w, seed=0) == pytest.approx(-1)
+
+
+def test_twice_the_rule_of_thumb_recovers_the_support_of_99_draws_in_100():
+    n, k = 600, 20
+    recovered = []
+    for seed in range(100):
+        M = left_regular(n, rule_of_thumb(n, k, factor=2), 10, seed=seed)
+        w = sparse_influences(n, k, 1, seed=seed)
+        y = measure(M, w, seed=seed)
+        recovered.append(support_recovered(w, recover(M, y, 0.01 * lam_scale(M, y)).weights))
+    assert torch.cat(recovered).sum() >= 99
 
 
 def test_half_way_interpolates_and_ignores_dips():

@@ -39,6 +39,10 @@ def test_logarithmic_cells_are_cut_half_way_on_the_axis():
     axis = heat_maps({"a": VALUES}, grid, LABELS).axes[0]
     assert np.allclose(axis.collections[0].get_coordinates()[0, :, 0], [0.5, 2, 8, 32])
     assert (axis.get_xscale(), axis.get_yscale()) == ("log", "linear")
+    assert axis.get_xticks().tolist() == [1, 4, 16], "few values are named as they are"
+    many = Grid(2 ** np.arange(8), [1, 2], "share", log_x=True)
+    axis = heat_maps({"a": np.zeros((2, 8))}, many, LABELS).axes[0]
+    assert {1, 2, 5, 10, 20, 50} <= set(axis.get_xticks())
 
 
 def test_curves_are_named_once():
