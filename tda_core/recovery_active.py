@@ -13,8 +13,8 @@ from torch import Tensor
 NEWTON_STEPS = 500
 # A Newton step that a sign change cuts to less than this share is short
 SHORT_STEP = 0.1
-# Relative ridge that factorises dependent columns. The line search makes up for the small change of direction; a smaller
-# one would let rounding in the gradient send weights far along directions that change no measurement.
+# Relative ridge that factorises dependent columns, whose small change of direction the line search makes up for.
+# A smaller one lets rounding in the gradient send weights far along directions that change no measurement.
 JITTER = 1e-8
 
 
