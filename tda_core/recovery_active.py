@@ -13,8 +13,9 @@ from torch import Tensor
 NEWTON_STEPS = 500
 # A Newton step that a sign change cuts to less than this share is short
 SHORT_STEP = 0.1
-# Relative ridge that factorises equal columns; the line search makes up for the tiny change of direction.
-JITTER = 1e-10
+# Relative ridge that factorises dependent columns, whose small change of direction the line search makes up for.
+# A smaller one lets rounding in the gradient send weights far along directions that change no measurement.
+JITTER = 1e-8
 
 
 @dataclass(frozen=True, eq=False)

@@ -47,7 +47,7 @@ class Design:
             # counted by index, because a column of M may sum to zero without being empty
             in_row, in_column = np.bincount(held.indices, minlength=shape[0]), np.diff(held.indptr)
         else:
-            held = torch.as_tensor(membership).detach().double()
+            held = torch.as_tensor(membership).detach().double().contiguous()
             values, member = held, held != 0
             in_row, in_column = member.sum(1).cpu().numpy(), member.sum(0).cpu().numpy()
         if not torch.isfinite(values).all():
@@ -58,7 +58,7 @@ class Design:
             column = int(np.argmin(in_column))
             raise ValueError(f"every example must be in a subset, but column {column} of M is empty")
         if scipy.sparse.issparse(held) and held.shape[0] * held.shape[1] <= DENSE_FLOATS:
-            held = torch.from_numpy(held.toarray())
+            held = torch.from_numpy(held.toarray(order="C"))
         return cls(held)
 
     @property

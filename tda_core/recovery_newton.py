@@ -17,7 +17,8 @@ from tda_core.recovery_active import Quadratics, minimise
 SHARE_OF_EXCESS = 0.5
 # as many as are active already, or this many, but not so many that the active columns become dependent.
 SMALLEST_BLOCK, LARGEST_SUPPORT = 16, 0.9
-IDLE_BLOCKS = 3
+# Blocks without progress after which a query is given up
+IDLE_BLOCKS = 5
 # Share of the largest excess, or of the tolerance, that small systems are solved to; of a correlation that is rounding
 EXACTNESS, ROUNDING = 0.05, 1e-13
 # Floats of the small systems factorised together: about what fits the cache (8 MB)
@@ -85,19 +86,23 @@ def solve(matrix: Tensor, goal: Goal, *, tolerance: float, start: Tensor | None 
     """
     transposed = matrix.T.contiguous()
     weights = goal.y.new_zeros(len(goal.y), matrix.shape[1]) if start is None else start.clone()
-    gaps, lowest = goal.y.new_full((2, len(goal.y)), torch.inf)
+    gaps, least_gap, least = goal.y.new_full((3, len(goal.y)), torch.inf)
     live, part = torch.arange(len(goal.y), device=goal.y.device), goal
     blocks, idle = torch.zeros_like(live), torch.zeros_like(live)
     while True:
         current = weights[live]
         residuals = part.centred(part.y - current @ transposed)
         correlations = residuals @ matrix - part.ridge * current
-        gaps[live], objective = part.gaps(residuals, correlations, current)
+        found, objective = part.gaps(residuals, correlations, current)
+        gaps[live] = found
         blocks[live] += 1
-        # every block lowers the objective: where it does not, what is left is rounding
-        idle[live] = torch.where(objective < lowest[live] * (1 - 1e-14), 0, idle[live] + 1)
-        lowest[live] = torch.minimum(lowest[live], objective)
-        going = ((gaps[live] > tolerance) & (idle[live] < IDLE_BLOCKS)).nonzero()[:, 0]
+        # every block lowers the objective, in the end by less than its last digit, and the gap: else what is left is
+        # rounding
+        better = (objective < (1 - 1e-14) * least[live]) | (found < 0.9 * least_gap[live])
+        idle[live] = torch.where(better, 0, idle[live] + 1)
+        least[live] = torch.minimum(objective, least[live])
+        least_gap[live] = torch.minimum(found, least_gap[live])
+        going = ((found > tolerance) & (idle[live] < IDLE_BLOCKS)).nonzero()[:, 0]
         if not len(going):
             break
         if len(going) < len(live):
