@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tda_core import recovery_descent
 from tda_core.recovery_design import Design, Membership
 from tda_core.recovery_newton import Goal, Solved, refit, solve
 
@@ -165,13 +166,16 @@ def _check_gaps(gaps: Tensor, tolerance: float) -> None:
 
 
 def _solve(design: Design, goal: Goal, tolerance: float, start: Tensor | None) -> Solved:
-    """`recovery_newton.solve`, of a chunk of queries at a time, for dense and for sparse M."""
+    """Solve a chunk of queries at a time: by active sets and Newton steps all together where M is dense, by coordinate
+    descent one by one where it is sparse."""
     size = max(1, HELD_FLOATS // design.n_examples)
     parts = []
     for rows in torch.arange(len(goal.y), device=goal.y.device).split(size):
         begin = None if start is None else start[rows]
         if design.is_sparse:
             parts.append(_solve_sparse(design, goal.at(rows), tolerance, begin))
+        elif design.thin is not None:
+            parts.append(recovery_descent.solve(design.thin, goal.at(rows), tolerance=tolerance, start=begin))
         else:
             parts.append(solve(design.held, goal.at(rows), tolerance=tolerance, start=begin))
     return Solved(*(torch.cat([getattr(part, name) for part in parts]) for name in ("weights", "gaps", "blocks")))
@@ -180,7 +184,7 @@ def _solve(design: Design, goal: Goal, tolerance: float, start: Tensor | None) -
 def _solve_sparse(design: Design, goal: Goal, tolerance: float, start: Tensor | None) -> Solved:
     """Solve on a working set of candidates that all queries share, and add to it until the gap holds for all of M.
 
-    So M' is applied to residuals a few times only, and no more than the candidates' columns are ever dense.
+    So M' is applied to residuals a few times only.
     """
     shape = (len(goal.y), design.n_examples)
     weights = goal.y.new_zeros(shape) if start is None else start.clone()
@@ -204,7 +208,8 @@ def _solve_sparse(design: Design, goal: Goal, tolerance: float, start: Tensor | 
         index = chosen.nonzero()[:, 0]
         begin = weights[going][:, index]
         # a smaller gap than asked for, because examples outside can only make it larger
-        inside = solve(design.columns(index), goal.at(going), tolerance=tolerance / 4, start=begin)
+        columns = design.held[:, index.numpy()]
+        inside = recovery_descent.solve(columns, goal.at(going), tolerance=tolerance / 4, start=begin)
         weights[going[:, None], index] = inside.weights
     return Solved(weights, gaps, steps)
 

@@ -15,16 +15,20 @@ from torch import Tensor
 Membership = Tensor | np.ndarray | scipy.sparse.sparray | scipy.sparse.spmatrix
 # Largest dense M that products use as it is; a larger one is kept sparse (bytes are 8 times this).
 DENSE_FLOATS = 2**22
+# Share of entries that are not 0, up to which coordinate descent on the sparse M is the faster solver.
+THIN = 0.2
 
 
 @dataclass(frozen=True, eq=False)
 class Design:
     """M (K, n): row k says which of n examples are in subset k.
 
-    held: float64 M dense on its device, or scipy's csc_array (which stays on the CPU).
+    held: float64 M dense on its device, or scipy's csc_array (which stays on the CPU). thin: a sparse copy of a dense M
+    on the CPU that came sparse, with few entries: what coordinate descent runs on.
     """
 
     held: Tensor | scipy.sparse.csc_array
+    thin: scipy.sparse.csc_array | None = None
 
     @classmethod
     def of(cls, membership: "Membership | Design") -> "Design":
@@ -111,7 +115,10 @@ class Design:
 
     def rows(self, index: np.ndarray) -> "Design":
         """The design of the named subsets alone, not checked for examples that are in none of them."""
-        return Design(self.held.tocsr()[index].tocsc() if self.is_sparse else self.held[torch.from_numpy(index)])
+        if self.is_sparse:
+            return Design(self.held.tocsr()[index].tocsc())
+        thin = None if self.thin is None else self.thin.tocsr()[index].tocsc()
+        return Design(self.held[torch.from_numpy(index)], thin)
 
     @cached_property
     def means(self) -> Tensor:
