@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import scipy.sparse
 import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import Lasso
@@ -25,6 +26,7 @@ PEERS = ("sklearn", "celer", "skglm")
 TOLERANCES = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
 
 Solver = Callable[[Tensor, Tensor], Tensor]
+Matrix = np.ndarray | scipy.sparse.csc_matrix
 
 
 @dataclass(frozen=True)
@@ -42,14 +44,17 @@ def compare(
 
     lam: (q,) of `recover`. Peers answer one query at a time, as they are made to, at the loosest of their tolerances
     that gives every query a gap of at most `tolerance`; one that never does is reported at its tightest. One turn is
-    not counted (compilation). Peers get M dense and in the column order that they want.
+    not counted (compilation). Peers get M dense and in the column order that they want and, where it has few entries,
+    sparse as well ("celer_sparse").
     """
     design = Design.of(membership)
     y = design.measurements(measurements)
     lam = torch.as_tensor(lam, dtype=y.dtype).expand(len(y))
     matrix = np.asfortranarray(design.predict(torch.eye(design.n_examples, dtype=y.dtype)).T.numpy())
     solvers = {"batched": lambda y, lam: recover(design, y, lam, tolerance=tolerance).weights}
-    solvers |= {name: _tightened(name, matrix, design, (y, lam, tolerance)) for name in available()}
+    forms = {"": matrix} if design.thin is None else {"": matrix, "_sparse": scipy.sparse.csc_matrix(design.thin)}
+    for form, own in forms.items():
+        solvers |= {name + form: _tightened(name, own, design, (y, lam, tolerance)) for name in available()}
     seconds = {name: [] for name in solvers}
     weights = {}
     for _ in range(rounds):
@@ -72,10 +77,10 @@ def worst_gap(design: Design, y: Tensor, lam: Tensor, weights: Tensor) -> float:
     return float(gaps.max())
 
 
-def peer(name: str, matrix: np.ndarray, tolerance: float) -> Solver:
+def peer(name: str, matrix: Matrix, tolerance: float) -> Solver:
     """A peer as (measurements (q, K), lam (q,)) -> weights (q, n), at its own tolerance.
 
-    matrix: (K, n), Fortran order. Raises ValueError for an unknown name.
+    matrix: (K, n), in Fortran order, or sparse. Raises ValueError for an unknown name.
     """
     if name not in PEERS:
         raise ValueError(f"unknown solver {name!r}, expected one of {list(PEERS)}")
@@ -96,14 +101,14 @@ def _model(name: str, tolerance: float) -> Callable:
     return lambda alpha: skglm.Lasso(alpha, fit_intercept=False, tol=tolerance * alpha)
 
 
-def _one_by_one(model: Callable, matrix: np.ndarray, y: Tensor, lam: Tensor) -> Tensor:
+def _one_by_one(model: Callable, matrix: Matrix, y: Tensor, lam: Tensor) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # what they reached is measured
-        rows = zip(y.numpy(), (lam / len(matrix)).tolist(), strict=True)
+        rows = zip(y.numpy(), (lam / matrix.shape[0]).tolist(), strict=True)
         return torch.from_numpy(np.stack([model(alpha).fit(matrix, row).coef_ for row, alpha in rows]))
 
 
-def _tightened(name: str, matrix: np.ndarray, design: Design, goal: tuple[Tensor, Tensor, float]) -> Solver:
+def _tightened(name: str, matrix: Matrix, design: Design, goal: tuple[Tensor, Tensor, float]) -> Solver:
     y, lam, wanted = goal
     for tolerance in TOLERANCES:
         solver = peer(name, matrix, tolerance)
