@@ -152,7 +152,7 @@ def heldout_monitor(membership: sparse.sparray, probes: Examples, target: str = 
     """
 
     def monitor(operators: Operators) -> float:
-        choice = held_out(membership, operators.measurements(probes, target), folds=Folds(shares=(0.3, 0.1, 0.03)))
+        choice = held_out(membership, operators.measurements(probes, target), folds=Folds(n=3, shares=(0.3, 0.1)))
         return 1 - float(choice.errors.mean(1).min())
 
     return monitor
