@@ -78,9 +78,8 @@ def test_heads_of_confident_networks_are_fitted_in_float32(size):
     exact = random_problem((4, 5, 3), n=200)
     labels = exact.outputs(exact.train.inputs).argmax(1)  # that it is sure of
     exact = Problem(exact.module, size * exact.theta, exact.loss, Examples(exact.train.inputs, labels))
-    rounded = Problem(
-        exact.module.float(), exact.theta.float(), exact.loss, Examples(exact.train.inputs.float(), labels)
-    )
+    data = Examples(exact.train.inputs.float(), labels)
+    rounded = Problem(mlp((4, 5, 3), "tanh"), exact.theta.float(), exact.loss, data)
     for ridge in (1e-5, 1e-2):
         losses = [settle(p, features(p), ridge).losses(p.train).mean().double() for p in (exact, rounded)]
         assert float(losses[1]) == pytest.approx(float(losses[0]), rel=1e-2, abs=1e-6)
