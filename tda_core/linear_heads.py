@@ -19,8 +19,8 @@ from tda_core.head_systems import Head, system_of
 from tda_core.problem import Problem
 
 MAX_STEPS = 100
-# Share of the objective that another Newton step would gain
-TOLERANCE = 1e-7
+# Share of the objective that another Newton step would gain; in float32, no less than can be told from rounding
+TOLERANCE = 1e-8
 
 
 class HeadOn(nn.Module):
@@ -77,13 +77,13 @@ def _minimum(phi: Tensor, outputs: Tensor, problem: Problem, ridge: float) -> Te
     def objective(w: Tensor) -> float:
         return float(problem.loss(outputs + phi @ w.T, targets).mean() + ridge / 2 * (w**2).sum())
 
-    value = objective(weights)
+    value, tolerance = objective(weights), max(TOLERANCE, 20 * torch.finfo(phi.dtype).eps)
     for _ in range(MAX_STEPS):
         head = Head.of(phi, outputs + phi @ weights.T, targets, problem.loss)
         slope = head.residuals.T @ phi / len(phi) + ridge * head.contrasts.T @ weights
         step = -system_of(head).solve(slope.reshape(1, -1), ridge).view_as(slope)
         gain = -float((slope * step).sum()) / 2  # what a quadratic objective falls by
-        if gain <= TOLERANCE * value:
+        if gain <= tolerance * value:
             return weights
         size = 1.0
         while (reached := objective(weights + size * head.contrasts @ step)) > value - size * gain / 2:

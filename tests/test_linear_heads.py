@@ -9,10 +9,12 @@ from sklearn.linear_model import LogisticRegression
 
 from tda_core import linear_heads
 from tda_core.closed_form import stride_closed_form
+from tda_core.examples import Examples
 from tda_core.features import input_pca, kernel_pca, raw_input, with_bias
 from tda_core.gradients import exact_influence
 from tda_core.kernels import ReluKernel
 from tda_core.linear_heads import mean_network, own_fit, settle
+from tda_core.models import mlp
 from tda_core.problem import Problem
 from tests.toys import FLOAT64, continuous, labelled, random_problem
 
@@ -69,6 +71,18 @@ def test_a_large_ridge_leaves_the_network_as_it_is_and_a_small_one_fits_the_data
         float(settle(problem, features(problem), ridge).losses(problem.train).mean()) for ridge in (1, 1e-2, 1e-4)
     ]
     assert losses[0] > losses[1] > losses[2]
+
+
+@pytest.mark.parametrize("size", [1.0, 10.0, 100.0])
+def test_heads_of_confident_networks_are_fitted_in_float32(size):
+    exact = random_problem((4, 5, 3), n=200)
+    labels = exact.outputs(exact.train.inputs).argmax(1)  # that it is sure of
+    exact = Problem(exact.module, size * exact.theta, exact.loss, Examples(exact.train.inputs, labels))
+    data = Examples(exact.train.inputs.float(), labels)
+    rounded = Problem(mlp((4, 5, 3), "tanh"), exact.theta.float(), exact.loss, data)
+    for ridge in (1e-5, 1e-2):
+        losses = [settle(p, features(p), ridge).losses(p.train).mean().double() for p in (exact, rounded)]
+        assert float(losses[1]) == pytest.approx(float(losses[0]), rel=1e-2, abs=1e-6)
 
 
 def test_of_the_network_the_control_uses_nothing():
