@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tda_core.attribution import one_training_set
 from tda_core.examples import Examples
-from tda_core.feature_maps import FeatureMap, from_state
+from tda_core.feature_maps import FeatureMap, from_state, tensors_below
 from tda_core.head_systems import BLOCK, Dense, Head, System, residuals_of, system_of
 from tda_core.problem import Problem
 from tda_core.solvers import by_damping, check_damping
@@ -125,10 +125,10 @@ class ClosedForm:
         members = []
         for i, (problem, settings) in enumerate(zip(problems, saved, strict=True)):
             problem.check_identity(path, settings["made_for"])
-            own = _below(tensors, f"{i}/")
-            features = from_state(_below(own, "features/"), settings["features"], problem, path)
+            own = tensors_below(tensors, f"{i}/")
+            features = from_state(tensors_below(own, "features/"), settings["features"], problem, path)
             head = Head(own["phi"], own["p"], own["residuals"], problem.train.is_classification)
-            system = system_of(head, settings["system"], _below(own, "system/"))
+            system = system_of(head, settings["system"], tensors_below(own, "system/"))
             members.append(Member(problem, features, head, system))
         return cls(tuple(members), metadata["damping"], metadata["target"])
 
@@ -199,8 +199,3 @@ def _features_and_outputs(problem: Problem, features: FeatureMap, examples: Exam
     with torch.no_grad():
         outputs = torch.cat([problem.outputs(block) for block in inputs.split(BLOCK)])
     return features(inputs), outputs
-
-
-def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names start with a prefix, by the rest of their names."""
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

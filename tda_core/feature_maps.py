@@ -211,10 +211,14 @@ def from_state(
     if kind == "joined":
         parts = []
         for i, part in enumerate(settings["parts"]):
-            own = {key.removeprefix(f"{i}/"): value for key, value in tensors.items() if key.startswith(f"{i}/")}
-            parts.append(from_state(own, part, problem, path))
+            parts.append(from_state(tensors_below(tensors, f"{i}/"), part, problem, path))
         return Joined(tuple(parts), tuple(settings["scales"]), settings["bias"])
     raise ValueError(f"{path} holds features of an unknown kind {kind!r}")
+
+
+def tensors_below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names start with a prefix, by the rest of their names."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def checked(inputs: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tda_core.designs import check_membership
 from tda_core.examples import Examples
-from tda_core.feature_maps import FeatureMap, from_state
+from tda_core.feature_maps import FeatureMap, from_state, tensors_below
 from tda_core.problem import Problem
 from tda_core.recovery import Penalty, Recovered, lam_scale, recover
 from tda_core.recovery_choice import RULES, Folds, choose_lambda, held_out
@@ -103,10 +103,10 @@ class Stride:
         problem.check_identity(path, metadata["made_for"])
         steering = Steering(**metadata["steering"])
         recovery = Recovery(**{**metadata["recovery"], "penalty": Penalty(**metadata["recovery"]["penalty"])})
-        features = from_state(_below(tensors, "features/"), metadata["features"], problem, path)
+        features = from_state(tensors_below(tensors, "features/"), metadata["features"], problem, path)
         matrices = tensors["matrices"]
         basis = make_basis(steering.basis, features.n_features, steering.rank, seed=0, dtype=matrices.dtype)
-        basis.load_state_dict(_below(tensors, "basis/"))
+        basis.load_state_dict(tensors_below(tensors, "basis/"))
         operators = Operators(
             problem, features, site_of(problem, steering.placement), basis.requires_grad_(False), matrices
         )
@@ -156,7 +156,3 @@ def heldout_monitor(membership: sparse.sparray, probes: Examples, target: str = 
         return 1 - float(choice.errors.mean(1).min())
 
     return monitor
-
-
-def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
