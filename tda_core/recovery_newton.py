@@ -16,11 +16,11 @@ from tda_core.recovery_active import Quadratics, minimise
 # A block takes in examples whose excess over the penalty is at least this share of the largest excess,
 SHARE_OF_EXCESS = 0.5
 # as many as are active already, or this many, but not so many that the active columns become dependent.
-SMALLEST_BLOCK, LARGEST_SUPPORT = 16, 0.9
+SMALLEST_BLOCK, LARGEST_SUPPORT = 8, 0.9
 # Blocks without progress after which a query is given up
 IDLE_BLOCKS = 5
 # Share of the largest excess, or of the tolerance, that small systems are solved to; of a correlation that is rounding
-EXACTNESS, ROUNDING = 0.05, 1e-13
+EXACTNESS, ROUNDING = 0.1, 1e-13
 # Floats of the small systems factorised together: about what fits the cache (8 MB)
 CHUNK_FLOATS = 2**20
 
@@ -84,14 +84,14 @@ def solve(matrix: Tensor, goal: Goal, *, tolerance: float, start: Tensor | None 
     matrix: (K, n) float64 dense. start: (q, n) weights to begin from, sparse ones. A query that rounding keeps from
     the tolerance stops with the gap that it reached, for the caller to judge.
     """
-    transposed = matrix.T.contiguous()
+    columns = Columns.of(matrix)
     weights = goal.y.new_zeros(len(goal.y), matrix.shape[1]) if start is None else start.clone()
     gaps, least_gap, least = goal.y.new_full((3, len(goal.y)), torch.inf)
     live, part = torch.arange(len(goal.y), device=goal.y.device), goal
     blocks, idle = torch.zeros_like(live), torch.zeros_like(live)
     while True:
         current = weights[live]
-        residuals = part.centred(part.y - current @ transposed)
+        residuals = part.centred(part.y - current @ matrix.T)
         correlations = residuals @ matrix - part.ridge * current
         found, objective = part.gaps(residuals, correlations, current)
         gaps[live] = found
@@ -113,7 +113,7 @@ def solve(matrix: Tensor, goal: Goal, *, tolerance: float, start: Tensor | None 
         # what the small systems leave is little beside what the others ask for, or beside the gap
         floor = torch.maximum(EXACTNESS * excess.amax(1), EXACTNESS * tolerance * part.lam)
         floor = torch.maximum(floor, ROUNDING * correlations.abs().amax(1))[:, None]
-        weights[live] = _minimised(transposed, part, Moves(correlations, current, active, floor))
+        weights[live] = _minimised(columns, part, Moves(correlations, current, active, floor))
     return Solved(weights, gaps, blocks)
 
 
@@ -127,7 +127,7 @@ def refit(matrix: Tensor, goal: Goal, weights: Tensor) -> Tensor:
     residuals = free.centred(free.y - weights @ matrix.T)
     correlations = residuals @ matrix - free.ridge * weights
     moves = Moves(correlations, weights, weights != 0, ROUNDING * correlations.abs().amax(1, keepdim=True))
-    return _minimised(matrix.T.contiguous(), free, moves)
+    return _minimised(Columns.of(matrix), free, moves)
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,17 +143,34 @@ class Moves:
     floor: Tensor
 
 
-def _minimised(transposed: Tensor, goal: Goal, moves: Moves) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """M's columns as rows: (n, K), of single precision where Gram matrices then have no error; sums (n,) of each."""
+
+    rows: Tensor
+    sums: Tensor
+
+    @classmethod
+    def of(cls, matrix: Tensor) -> "Columns":
+        exact = bool((matrix == matrix.round()).all()) and len(matrix) * float(matrix.abs().max()) ** 2 < 2**24
+        return cls(matrix.T.to(torch.float32 if exact else matrix.dtype).contiguous(), matrix.sum(0))
+
+    def gram(self, index: Tensor, *, centred: bool) -> Tensor:
+        """Products of the named columns (q, s) with each other, of the centred ones if asked: (q, s, s) float64."""
+        picked = self.rows[index]
+        gram = (picked @ picked.mT).to(self.sums.dtype)
+        if centred:
+            sums = self.sums[index]
+            gram -= sums[:, :, None] * sums[:, None, :] / self.rows.shape[1]
+        return gram
+
+
+def _minimised(columns: Columns, goal: Goal, moves: Moves) -> Tensor:
     """Weights (q, n) that minimise over each query's active examples alone."""
-    n_subsets, means = transposed.shape[1], transposed.mean(1)
     result = torch.zeros_like(moves.weights)
-    for rows in _chunks(moves.active.sum(1), n_subsets):
+    for rows in _chunks(moves.active.sum(1), columns.rows.shape[1]):
         index, valid = _padded(moves.active[rows])
-        columns = transposed[index]
-        gram = columns @ columns.mT
-        if goal.intercept:
-            centre = means[index]
-            gram -= n_subsets * centre[:, :, None] * centre[:, None, :]
+        gram = columns.gram(index, centred=goal.intercept)
         gram.diagonal(dim1=1, dim2=2).add_(goal.ridge)
         start = moves.weights[rows].gather(1, index) * valid
         correlations = moves.correlations[rows].gather(1, index)
