@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tda_core.recovery_design import Design, Membership
+from tda_core.recovery_design import Dense, Design, Membership
 from tda_core.recovery_newton import Goal, Solved, refit, solve
 
 KINDS = ("lasso", "ridge", "correlation")
@@ -194,7 +194,7 @@ def _solve(design: Design, goal: Goal, tolerance: float, start: Tensor | None) -
         if design.is_sparse:
             parts.append(_solve_sparse(design, goal.at(rows), tolerance, begin))
         else:
-            parts.append(solve(design.held, goal.at(rows), tolerance=tolerance, start=begin))
+            parts.append(solve(design.dense, goal.at(rows), tolerance=tolerance, start=begin))
     return Solved(*(torch.cat([getattr(part, name) for part in parts]) for name in ("weights", "gaps", "blocks")))
 
 
@@ -225,7 +225,7 @@ def _solve_sparse(design: Design, goal: Goal, tolerance: float, start: Tensor | 
         index = chosen.nonzero()[:, 0]
         begin = weights[going][:, index]
         # a smaller gap than asked for, because examples outside can only make it larger
-        inside = solve(design.columns(index), goal.at(going), tolerance=tolerance / 4, start=begin)
+        inside = solve(Dense.of(design.columns(index)), goal.at(going), tolerance=tolerance / 4, start=begin)
         weights[going[:, None], index] = inside.weights
     return Solved(weights, gaps, steps)
 
@@ -234,7 +234,7 @@ def _refit(design: Design, goal: Goal, weights: Tensor) -> Tensor:
     index = (weights != 0).any(0).nonzero()[:, 0]
     result = torch.zeros_like(weights)
     if len(index):
-        result[:, index] = refit(design.columns(index), goal, weights[:, index])
+        result[:, index] = refit(Dense.of(design.columns(index)), goal, weights[:, index])
     return result
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tda_core.recovery_active import Quadratics, minimise
+from tda_core.recovery_design import Dense
 
 # A block takes in examples whose excess over the penalty is at least this share of the largest excess,
 SHARE_OF_EXCESS = 0.5
@@ -78,13 +79,13 @@ class Goal:
         return (primal - dual).clamp_min(0) / primal.clamp_min(tiny), primal
 
 
-def solve(matrix: Tensor, goal: Goal, *, tolerance: float, start: Tensor | None = None) -> Solved:
+def solve(dense: Dense, goal: Goal, *, tolerance: float, start: Tensor | None = None) -> Solved:
     """Minimise the goal of every query to a relative duality gap of at most `tolerance`.
 
-    matrix: (K, n) float64 dense. start: (q, n) weights to begin from, sparse ones. A query that rounding keeps from
+    start: (q, n) weights to begin from, sparse ones. A query that rounding keeps from
     the tolerance stops with the gap that it reached, for the caller to judge.
     """
-    columns = Columns.of(matrix)
+    matrix = dense.matrix
     weights = goal.y.new_zeros(len(goal.y), matrix.shape[1]) if start is None else start.clone()
     gaps, least_gap, least = goal.y.new_full((3, len(goal.y)), torch.inf)
     live, part = torch.arange(len(goal.y), device=goal.y.device), goal
@@ -113,21 +114,21 @@ def solve(matrix: Tensor, goal: Goal, *, tolerance: float, start: Tensor | None 
         # what the small systems leave is little beside what the others ask for, or beside the gap
         floor = torch.maximum(EXACTNESS * excess.amax(1), EXACTNESS * tolerance * part.lam)
         floor = torch.maximum(floor, ROUNDING * correlations.abs().amax(1))[:, None]
-        weights[live] = _minimised(columns, part, Moves(correlations, current, active, floor))
+        weights[live] = _minimised(dense, part, Moves(correlations, current, active, floor))
     return Solved(weights, gaps, blocks)
 
 
-def refit(matrix: Tensor, goal: Goal, weights: Tensor) -> Tensor:
+def refit(dense: Dense, goal: Goal, weights: Tensor) -> Tensor:
     """Least squares (with the goal's ridge, and its sign constraint) on each row's nonzero weights: (q, n).
 
     The Lasso's weights are too small by what the penalty takes; this gives it back (Belloni & Chernozhukov 2013).
     Dependent columns share their weight.
     """
     free = replace(goal, lam=torch.zeros_like(goal.lam))
-    residuals = free.centred(free.y - weights @ matrix.T)
-    correlations = residuals @ matrix - free.ridge * weights
+    residuals = free.centred(free.y - weights @ dense.matrix.T)
+    correlations = residuals @ dense.matrix - free.ridge * weights
     moves = Moves(correlations, weights, weights != 0, ROUNDING * correlations.abs().amax(1, keepdim=True))
-    return _minimised(Columns.of(matrix), free, moves)
+    return _minimised(dense, free, moves)
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,34 +144,12 @@ class Moves:
     floor: Tensor
 
 
-@dataclass(frozen=True, eq=False)
-class Columns:
-    """M's columns as rows: (n, K), of single precision where Gram matrices then have no error; sums (n,) of each."""
-
-    rows: Tensor
-    sums: Tensor
-
-    @classmethod
-    def of(cls, matrix: Tensor) -> "Columns":
-        exact = bool((matrix == matrix.round()).all()) and len(matrix) * float(matrix.abs().max()) ** 2 < 2**24
-        return cls(matrix.T.to(torch.float32 if exact else matrix.dtype).contiguous(), matrix.sum(0))
-
-    def gram(self, index: Tensor, *, centred: bool) -> Tensor:
-        """Products of the named columns (q, s) with each other, of the centred ones if asked: (q, s, s) float64."""
-        picked = self.rows[index]
-        gram = (picked @ picked.mT).to(self.sums.dtype)
-        if centred:
-            sums = self.sums[index]
-            gram -= sums[:, :, None] * sums[:, None, :] / self.rows.shape[1]
-        return gram
-
-
-def _minimised(columns: Columns, goal: Goal, moves: Moves) -> Tensor:
+def _minimised(dense: Dense, goal: Goal, moves: Moves) -> Tensor:
     """Weights (q, n) that minimise over each query's active examples alone."""
     result = torch.zeros_like(moves.weights)
-    for rows in _chunks(moves.active.sum(1), columns.rows.shape[1]):
+    for rows in _chunks(moves.active.sum(1), dense.rows.shape[1]):
         index, valid = _padded(moves.active[rows])
-        gram = columns.gram(index, centred=goal.intercept)
+        gram = dense.gram(index, centred=goal.intercept)
         gram.diagonal(dim1=1, dim2=2).add_(goal.ridge)
         start = moves.weights[rows].gather(1, index) * valid
         correlations = moves.correlations[rows].gather(1, index)
