@@ -6,7 +6,7 @@ the same calling form. `recovery_cvxpy` is the reference that tests compare with
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +61,10 @@ class Recovered:
     gaps: Tensor
     steps: Tensor
 
+    def to(self, dtype: torch.dtype) -> "Recovered":
+        """Weights, intercepts and lam of another floating-point type."""
+        return Recovered(self.weights.to(dtype), self.intercepts.to(dtype), self.lam.to(dtype), self.gaps, self.steps)
+
     def predict(self, membership: Membership) -> Tensor:
         """Measurements that the weights foretell for subsets (K, n): (q, K)."""
         return self.intercepts[:, None] + Design.of(membership).predict(self.weights.double()).to(self.weights.dtype)
@@ -81,7 +85,7 @@ def recover(
     Raises ValueError for bad membership, measurements, lam and tolerance, and RuntimeError where rounding keeps a
     query from the tolerance.
     """
-    return recover_path(membership, measurements, [lam], penalty, tolerance=tolerance)[0]
+    return next(follow_path(membership, measurements, [lam], penalty, tolerance=tolerance))
 
 
 def recover_path(
@@ -93,6 +97,18 @@ def recover_path(
     tolerance: float = 1e-4,
 ) -> list[Recovered]:
     """`recover` for every lam of a path, each begun from the one before: best in falling order. Raises the same."""
+    return list(follow_path(membership, measurements, lams, penalty, tolerance=tolerance))
+
+
+def follow_path(
+    membership: Membership,
+    measurements: Tensor,
+    lams: Sequence[Tensor | float | None],
+    penalty: Penalty | None = None,
+    *,
+    tolerance: float = 1e-4,
+) -> Iterator[Recovered]:
+    """`recover_path`, solved as it is asked for, so that it can be left early."""
     penalty = Penalty() if penalty is None else penalty
     design = Design.of(membership)
     y = design.measurements(measurements)
@@ -101,7 +117,13 @@ def recover_path(
         raise ValueError("a path needs at least one lam, got none")
     if not (math.isfinite(tolerance) and tolerance > 0):
         raise ValueError(f"tolerance must be finite and > 0, got {tolerance}")
-    found, start = [], None
+    return (found.to(dtype) for found in _path(design, y, lams, penalty, tolerance))
+
+
+def _path(
+    design: Design, y: Tensor, lams: Sequence[Tensor | float | None], penalty: Penalty, tolerance: float
+) -> Iterator[Recovered]:
+    start = None
     for lam in lams:
         each = _checked_lam(lam, penalty, y)
         goal = Goal(y, each, penalty.ridge, penalty.nonnegative, penalty.intercept)
@@ -114,8 +136,7 @@ def recover_path(
             weights = _closed_form(design, goal, penalty.kind)
             solved = Solved(weights, torch.zeros_like(each), torch.ones_like(each, dtype=torch.long))
         shift = _intercepts(design, goal, weights)
-        found.append(Recovered(weights.to(dtype), shift.to(dtype), each.to(dtype), solved.gaps, solved.blocks))
-    return found
+        yield Recovered(weights, shift, each, solved.gaps, solved.blocks)
 
 
 def lam_scale(membership: Membership, measurements: Tensor, penalty: Penalty | None = None) -> Tensor:
@@ -177,7 +198,7 @@ def _solve(design: Design, goal: Goal, tolerance: float, start: Tensor | None) -
         elif design.thin is not None:
             parts.append(recovery_descent.solve(design.thin, goal.at(rows), tolerance=tolerance, start=begin))
         else:
-            parts.append(solve(design.held, goal.at(rows), tolerance=tolerance, start=begin))
+            parts.append(solve(design.dense, goal.at(rows), tolerance=tolerance, start=begin))
     return Solved(*(torch.cat([getattr(part, name) for part in parts]) for name in ("weights", "gaps", "blocks")))
 
 
@@ -218,7 +239,7 @@ def _refit(design: Design, goal: Goal, weights: Tensor) -> Tensor:
     index = (weights != 0).any(0).nonzero()[:, 0]
     result = torch.zeros_like(weights)
     if len(index):
-        result[:, index] = refit(design.columns(index), goal, weights[:, index])
+        result[:, index] = refit(Dense.of(design.columns(index)), goal, weights[:, index])
     return result
 
 

@@ -4,21 +4,21 @@ Neither rule sees a ground truth: they read the measurements that recovery reads
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tda_core.recovery import Penalty, Recovered, lam_scale, recover, recover_path
+from tda_core.recovery import Penalty, follow_path, lam_scale, recover
 from tda_core.recovery_design import Design, Membership
 
 RULES = ("pooled", "per_query", "universal")
 # Shares of `lam_scale` that are tried: of the largest useful lam for the Lasso, of the mean eigenvalue for ridge
 SHARES = {"lasso": tuple(np.geomspace(0.7, 0.01, 12)), "ridge": tuple(np.geomspace(100, 1e-3, 12))}
-# A choice among a dozen shares does not need the fits' last digits.
-TOLERANCE = 1e-3
+# A choice among a dozen shares does not need the fits' last digits, nor shares far below the best one.
+TOLERANCE, PATIENCE = 1e-2, 2
 SIGMA_STEPS, SIGMA_CHANGE, LEAST_SHARE = 30, 1e-2, 1e-3
 
 
@@ -37,7 +37,7 @@ class Choice:
 
     @property
     def at_edge(self) -> Tensor:
-        """Whether each query's share is the smallest or largest tried, so that one beyond may be better: (q,)."""
+        """Whether each query's share is the largest or smallest tried, so that one beyond may be better: (q,)."""
         return (self.index == 0) | (self.index == len(self.shares) - 1)
 
 
@@ -88,8 +88,8 @@ def held_out(
     """Choose lam by how well fits to most of the K measurements foretell the others.
 
     lam grows with the number of rows that are fitted, and so do the fits' lams. pooled: one share for all queries.
-    A share whose fit rounding keeps from its tolerance fails as `recover` does. Raises ValueError for a kind without
-    a lam, for shares that are not positive and for what `recover` refuses.
+    Shares are tried in falling order until `PATIENCE` of them have brought nothing better, for any query if not pooled.
+    Raises ValueError for a kind without a lam, for shares that are not positive, and what `recover` raises.
     """
     penalty, folds = penalty or Penalty(), folds or Folds()
     if penalty.kind not in SHARES:
@@ -101,16 +101,36 @@ def held_out(
     y = design.measurements(measurements)
     scale = lam_scale(design, y, penalty)
     shares = shares.to(y)
-    errors = y.new_zeros(len(shares), len(y))
-    for part in folds.parts(design.n_subsets):
+    lams = [share * scale for share in shares]
+    total = ((y - y.mean(1, keepdim=True)) ** 2).sum(1).clamp_min(torch.finfo(y.dtype).tiny)
+    errors: list[Tensor] = []
+    for error in _errors(design, y, lams, penalty, folds.parts(design.n_subsets)):
+        errors.append(error / total)
+        best = _best(torch.stack(errors), pooled)
+        if len(errors) > int(best.max()) + PATIENCE:
+            break
+    return Choice((shares[best] * scale).to(_dtype(measurements)), shares[: len(errors)], best, torch.stack(errors))
+
+
+def _best(errors: Tensor, pooled: bool) -> Tensor:
+    """Which of the errors (s, q) is smallest, for each query or for their mean: (q,)."""
+    return errors.mean(1).argmin().expand(errors.shape[1]) if pooled else errors.argmin(0)
+
+
+def _errors(
+    design: Design, y: Tensor, lams: Sequence[Tensor], penalty: Penalty, parts: list[np.ndarray]
+) -> Iterator[Tensor]:
+    """Squared errors of the held-out measurements, summed over the parts, lam by lam: (q,) each."""
+    paths, held = [], []
+    for part in parts:
         rest = np.setdiff1d(np.arange(design.n_subsets), part)
-        fewer = len(rest) / design.n_subsets
-        lams = [share * fewer * scale for share in shares]
-        fits = recover_path(design.rows(rest), y[:, torch.from_numpy(rest)], lams, penalty, tolerance=TOLERANCE)
-        errors += torch.stack([_squared_error(design.rows(part), y[:, torch.from_numpy(part)], fit) for fit in fits])
-    errors /= ((y - y.mean(1, keepdim=True)) ** 2).sum(1).clamp_min(torch.finfo(y.dtype).tiny)
-    index = errors.mean(1).argmin().expand(len(y)) if pooled else errors.argmin(0)
-    return Choice((shares[index] * scale).to(_dtype(measurements)), shares, index, errors)
+        fewer = [lam * (len(rest) / design.n_subsets) for lam in lams]
+        rows = y[:, torch.from_numpy(rest)]
+        paths.append(follow_path(design.rows(rest), rows, fewer, penalty, tolerance=TOLERANCE))
+        held.append((design.rows(part), y[:, torch.from_numpy(part)]))
+    for fits in zip(*paths, strict=True):
+        pairs = zip(fits, held, strict=True)
+        yield sum(((goal - fit.predict(design)) ** 2).sum(1) for fit, (design, goal) in pairs)
 
 
 def universal(
@@ -147,10 +167,6 @@ def universal(
         if done:
             break
     return lam.to(_dtype(measurements))
-
-
-def _squared_error(design: Design, y: Tensor, fit: Recovered) -> Tensor:
-    return ((y - fit.predict(design)) ** 2).sum(1)
 
 
 def _dtype(measurements: Tensor) -> torch.dtype:

@@ -20,6 +20,33 @@ THIN = 0.2
 
 
 @dataclass(frozen=True, eq=False)
+class Dense:
+    """A dense M made ready once for the solver.
+
+    matrix: M (K, n) float64. rows: M' (n, K), of single precision where Gram matrices then have no error. sums: of
+    every column (n,).
+    """
+
+    matrix: Tensor
+    rows: Tensor
+    sums: Tensor
+
+    @classmethod
+    def of(cls, matrix: Tensor) -> "Dense":
+        exact = bool((matrix == matrix.round()).all()) and len(matrix) * float(matrix.abs().max()) ** 2 < 2**24
+        return cls(matrix, matrix.T.to(torch.float32 if exact else matrix.dtype).contiguous(), matrix.sum(0))
+
+    def gram(self, index: Tensor, *, centred: bool) -> Tensor:
+        """Products of the named columns (q, s) with each other, of the centred ones if asked: (q, s, s) float64."""
+        picked = self.rows[index]
+        gram = (picked @ picked.mT).to(self.sums.dtype)
+        if centred:
+            sums = self.sums[index]
+            gram -= sums[:, :, None] * sums[:, None, :] / self.rows.shape[1]
+        return gram
+
+
+@dataclass(frozen=True, eq=False)
 class Design:
     """M (K, n): row k says which of n examples are in subset k.
 
@@ -119,6 +146,11 @@ class Design:
             return Design(self.held.tocsr()[index].tocsc())
         thin = None if self.thin is None else self.thin.tocsr()[index].tocsc()
         return Design(self.held[torch.from_numpy(index)], thin)
+
+    @cached_property
+    def dense(self) -> Dense:
+        """What the solver takes, of an M that is dense."""
+        return Dense.of(self.held)
 
     @cached_property
     def means(self) -> Tensor:

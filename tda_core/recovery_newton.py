@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 from tda_core.recovery_active import Quadratics, minimise
+from tda_core.recovery_design import Dense
 
 # A block takes in examples whose excess over the penalty is at least this share of the largest excess,
 SHARE_OF_EXCESS = 0.5
 # as many as are active already, or this many, but not so many that the active columns become dependent.
-SMALLEST_BLOCK, LARGEST_SUPPORT = 16, 0.9
+SMALLEST_BLOCK, LARGEST_SUPPORT = 8, 0.9
 # Blocks without progress after which a query is given up
 IDLE_BLOCKS = 5
 # Share of the largest excess, or of the tolerance, that small systems are solved to; of a correlation that is rounding
-EXACTNESS, ROUNDING = 0.05, 1e-13
+EXACTNESS, ROUNDING = 0.1, 1e-13
 # Floats of the small systems factorised together: about what fits the cache (8 MB)
 CHUNK_FLOATS = 2**20
 
@@ -78,20 +79,20 @@ class Goal:
         return (primal - dual).clamp_min(0) / primal.clamp_min(tiny), primal
 
 
-def solve(matrix: Tensor, goal: Goal, *, tolerance: float, start: Tensor | None = None) -> Solved:
+def solve(dense: Dense, goal: Goal, *, tolerance: float, start: Tensor | None = None) -> Solved:
     """Minimise the goal of every query to a relative duality gap of at most `tolerance`.
 
-    matrix: (K, n) float64 dense. start: (q, n) weights to begin from, sparse ones. A query that rounding keeps from
+    start: (q, n) weights to begin from, sparse ones. A query that rounding keeps from
     the tolerance stops with the gap that it reached, for the caller to judge.
     """
-    transposed = matrix.T.contiguous()
+    matrix = dense.matrix
     weights = goal.y.new_zeros(len(goal.y), matrix.shape[1]) if start is None else start.clone()
     gaps, least_gap, least = goal.y.new_full((3, len(goal.y)), torch.inf)
     live, part = torch.arange(len(goal.y), device=goal.y.device), goal
     blocks, idle = torch.zeros_like(live), torch.zeros_like(live)
     while True:
         current = weights[live]
-        residuals = part.centred(part.y - current @ transposed)
+        residuals = part.centred(part.y - current @ matrix.T)
         correlations = residuals @ matrix - part.ridge * current
         found, objective = part.gaps(residuals, correlations, current)
         gaps[live] = found
@@ -113,21 +114,21 @@ def solve(matrix: Tensor, goal: Goal, *, tolerance: float, start: Tensor | None 
         # what the small systems leave is little beside what the others ask for, or beside the gap
         floor = torch.maximum(EXACTNESS * excess.amax(1), EXACTNESS * tolerance * part.lam)
         floor = torch.maximum(floor, ROUNDING * correlations.abs().amax(1))[:, None]
-        weights[live] = _minimised(transposed, part, Moves(correlations, current, active, floor))
+        weights[live] = _minimised(dense, part, Moves(correlations, current, active, floor))
     return Solved(weights, gaps, blocks)
 
 
-def refit(matrix: Tensor, goal: Goal, weights: Tensor) -> Tensor:
+def refit(dense: Dense, goal: Goal, weights: Tensor) -> Tensor:
     """Least squares (with the goal's ridge, and its sign constraint) on each row's nonzero weights: (q, n).
 
     The Lasso's weights are too small by what the penalty takes; this gives it back (Belloni & Chernozhukov 2013).
     Dependent columns share their weight.
     """
     free = replace(goal, lam=torch.zeros_like(goal.lam))
-    residuals = free.centred(free.y - weights @ matrix.T)
-    correlations = residuals @ matrix - free.ridge * weights
+    residuals = free.centred(free.y - weights @ dense.matrix.T)
+    correlations = residuals @ dense.matrix - free.ridge * weights
     moves = Moves(correlations, weights, weights != 0, ROUNDING * correlations.abs().amax(1, keepdim=True))
-    return _minimised(matrix.T.contiguous(), free, moves)
+    return _minimised(dense, free, moves)
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,17 +144,12 @@ class Moves:
     floor: Tensor
 
 
-def _minimised(transposed: Tensor, goal: Goal, moves: Moves) -> Tensor:
+def _minimised(dense: Dense, goal: Goal, moves: Moves) -> Tensor:
     """Weights (q, n) that minimise over each query's active examples alone."""
-    n_subsets, means = transposed.shape[1], transposed.mean(1)
     result = torch.zeros_like(moves.weights)
-    for rows in _chunks(moves.active.sum(1), n_subsets):
+    for rows in _chunks(moves.active.sum(1), dense.rows.shape[1]):
         index, valid = _padded(moves.active[rows])
-        columns = transposed[index]
-        gram = columns @ columns.mT
-        if goal.intercept:
-            centre = means[index]
-            gram -= n_subsets * centre[:, :, None] * centre[:, None, :]
+        gram = dense.gram(index, centred=goal.intercept)
         gram.diagonal(dim1=1, dim2=2).add_(goal.ridge)
         start = moves.weights[rows].gather(1, index) * valid
         correlations = moves.correlations[rows].gather(1, index)
