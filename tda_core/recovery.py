@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tda_core import recovery_descent
-from tda_core.recovery_design import Design, Membership
+from tda_core.recovery_design import Dense, Design, Membership
 from tda_core.recovery_newton import Goal, Solved, refit, solve
 
 KINDS = ("lasso", "ridge", "correlation")
