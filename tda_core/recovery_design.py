@@ -89,7 +89,8 @@ class Design:
             column = int(np.argmin(in_column))
             raise ValueError(f"every example must be in a subset, but column {column} of M is empty")
         if scipy.sparse.issparse(held) and held.shape[0] * held.shape[1] <= DENSE_FLOATS:
-            held = torch.from_numpy(held.toarray(order="C"))
+            thin = held if held.nnz <= THIN * shape[0] * shape[1] else None
+            return cls(torch.from_numpy(held.toarray(order="C")), thin)
         return cls(held)
 
     @property

@@ -1,10 +1,14 @@
 """Other solvers answer the same question: their weights agree with ours, and their gaps are measured alike."""
 
+import numpy as np
 import pytest
 import torch
 from test_recovery import problem
 
+from tda_core import recovery_descent
+from tda_core.designs import left_regular
 from tda_core.recovery import lam_scale, recover
+from tda_core.recovery_design import Design
 from tda_core.recovery_speed import available, compare, peer
 
 
@@ -29,3 +33,19 @@ def test_all_are_compared_at_one_gap(monkeypatch):
 def test_unknown_peers_are_named():
     with pytest.raises(ValueError, match=r"unknown solver 'glmnet', expected one of \['sklearn'"):
         peer("glmnet", torch.ones(2, 2).numpy(), 1e-4)
+
+
+def test_sparse_designs_are_recovered_by_descent_and_dense_ones_all_together(monkeypatch):
+    """Both solve the same problem; which one runs is decided by how M comes."""
+    calls = []
+    of_descent = recovery_descent.solve
+    monkeypatch.setattr(recovery_descent, "solve", lambda *a, **o: calls.append(a) or of_descent(*a, **o))
+    matrix = left_regular(60, 40, 4, seed=0)
+    y = torch.from_numpy(np.random.default_rng(0).standard_normal((3, 40)))
+    lam = 0.1 * lam_scale(matrix, y)
+    sparse_fit = recover(matrix, y, lam, tolerance=1e-9)
+    assert len(calls) == 1 and Design.of(matrix).rows(np.arange(30)).thin is not None
+    dense_fit = recover(matrix.toarray(), y, lam, tolerance=1e-9)
+    assert len(calls) == 1 and Design.of(matrix.toarray()).thin is None
+    torch.testing.assert_close(sparse_fit.predict(matrix), dense_fit.predict(matrix), rtol=0, atol=1e-6)
+    assert float(sparse_fit.gaps.max()) <= 1e-9
