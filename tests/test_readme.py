@@ -7,8 +7,8 @@ import torch
 from tda_core import paths
 
 
-def test_ten_lines_attribute_a_model_and_an_index_answers(tmp_path, monkeypatch):
-    first, second = re.findall(r"```python\n(.*?)```", paths.README.read_text(), re.DOTALL)
+def test_the_code_attributes_a_model(tmp_path, monkeypatch):
+    first, second, third = re.findall(r"```python\n(.*?)```", paths.README.read_text(), re.DOTALL)
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     torch.manual_seed(0)
@@ -19,6 +19,9 @@ def test_ten_lines_attribute_a_model_and_an_index_answers(tmp_path, monkeypatch)
     exec(second, names)
     assert 0 in names["top"].proponents and names["top"].proponents.shape == (1, 5)
     assert names["index"].dtype == "int8" and names["index"].ids.tolist() == list(range(3, 202))
+    exec(third, names)
+    assert names["scores"].shape == names["closed"].shape == (4, 200)
+    assert all(float(names["closed"][i, i]) > 0 for i in range(4))
 
 
 def test_links_and_pictures_exist():
