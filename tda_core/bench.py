@@ -107,7 +107,8 @@ class Bench:
         """Mean LDS of test scores (n_query, n_train) of several models. Raises SignError for a reversed sign."""
         found = lds_over_models(scores, self.test.masks, self.test.outcomes)
         if found.high < 0:  # what the check refuses; it computes the LDS once more
-            check_sign(scores[0], self.test.masks, self.test.outcomes)
+            for one in scores:
+                check_sign(one, self.test.masks, self.test.outcomes)
         return found
 
     def tune(self, fit: Callable[[Any], Any], settings: Sequence[Any]) -> Tuned:

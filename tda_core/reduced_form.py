@@ -7,7 +7,7 @@ each other:
     score(q, i) = z_q . c_i,      z_q = V' L^-1 q / n (k,),      c_i = V' L^-1 g_i (k,).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tda_core.closed_form import ClosedForm, goals_of
 from tda_core.examples import Examples
-from tda_core.feature_maps import FeatureMap, from_state
+from tda_core.feature_maps import FeatureMap, from_state, tensors_below
 from tda_core.head_systems import Dense
 from tda_core.problem import Problem
 from tda_core.solvers import leading_eigenvectors
@@ -59,9 +59,9 @@ class ReducedForm:
         if "reduced_form" not in metadata:
             raise ValueError(f"{path} does not hold a ReducedForm, but {sorted(metadata)}")
         problem.check_identity(path, metadata["made_for"])
-        own = {name.removeprefix("features/"): value for name, value in tensors.items()}
-        features = from_state(own, metadata["reduced_form"], problem, path)
-        return cls(problem, features, metadata["target"], own["reading"], own["coefficients"], metadata["kept"])
+        features = from_state(tensors_below(tensors, "features/"), metadata["reduced_form"], problem, path)
+        held = tensors["reading"], tensors["coefficients"]
+        return cls(problem, features, metadata["target"], *held, metadata["kept"])
 
 
 def reduce(method: ClosedForm, rank: int) -> list[ReducedForm]:
@@ -92,7 +92,7 @@ def _reduced(method: ClosedForm, number: int, rank: int) -> ReducedForm:
     return ReducedForm(member.problem, member.features, method.target, reading, coefficients, kept)
 
 
-def _gradients(residuals: Tensor, phi: Tensor) -> Sequence[Tensor]:
+def _gradients(residuals: Tensor, phi: Tensor) -> Iterator[Tensor]:
     """The rows of G, block by block: (b, c f)."""
     pairs = zip(residuals.split(BLOCK), phi.split(BLOCK), strict=True)
     return ((r[:, :, None] * f[:, None]).flatten(1) for r, f in pairs)

@@ -157,7 +157,7 @@ def leading_eigenvectors(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest eigenvalues (k,) of a symmetric matrix, falling, and their vectors (m, k): half the cost of all."""
     m = len(matrix)
     values, vectors = scipy.linalg.eigh(matrix.numpy(), subset_by_index=[m - k, m - 1])
-    return (torch.from_numpy(part[..., ::-1].copy()) for part in (values, vectors))
+    return torch.from_numpy(values[::-1].copy()), torch.from_numpy(vectors[:, ::-1].copy())
 
 
 def _positive(bent: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ operators, here of any `FeatureMap`; a_k: (r, width) the steering matrix of subs
 """
 
 import abc
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -107,12 +108,13 @@ def _flow(problem: Problem, layer: str, inputs: Tensor) -> Tensor:
         known = sorted(name for name in modules if name)
         raise ValueError(f"unknown layer {layer!r}, expected 'logits' or one of {known}")
     seen: list[Tensor] = []
-    hook = modules[layer].register_forward_hook(lambda _, __, out: seen.append(out))
+    # a copy, because a later layer may work in place (a ReLU does)
+    keep = modules[layer].register_forward_hook(lambda _, __, out: seen.append(copy.deepcopy(out)))
     try:
         with torch.no_grad():
             problem.outputs(inputs)
     finally:
-        hook.remove()
+        keep.remove()
     if len(seen) != 1 or not isinstance(seen[0], Tensor):
         raise ValueError(f"layer {layer!r} must run once and give a tensor, but ran {len(seen)} times")
     return seen[0]

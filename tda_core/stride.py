@@ -87,7 +87,7 @@ class Stride:
         tensors |= {f"basis/{name}": value for name, value in self.operators.basis.state_dict().items()}
         tensors |= {"matrices": self.operators.matrices, "losses": self.course.losses}
         tensors["indices"] = torch.from_numpy(self.membership.indices)
-        tensors["indptr"] = torch.from_numpy(self.membership.indptr.astype(np.int64))
+        tensors["indptr"] = torch.from_numpy(self.membership.indptr)
         recovery = {**vars(self.recovery), "penalty": asdict(self.recovery.penalty)}
         kept = {"checks": [list(pair) for pair in self.course.checks.items()], "kept": self.course.kept}
         settings = {"features": described, "steering": asdict(self.steering), "recovery": recovery, "course": kept}
@@ -139,7 +139,9 @@ def fit_stride(
             f"membership must have a column for each of {len(problem.train)} training examples, got {membership.shape}"
         )
     steering = Steering() if steering is None else steering
-    columns = sparse.csc_array(membership)
+    columns = sparse.csc_array(membership, copy=True)
+    columns.sum_duplicates()
+    columns.eliminate_zeros()  # stored ones are no members
     operators, course = fit_operators(problem, columns, features, steering, seed=seed, monitor=monitor)
     return Stride(columns, operators, course, steering, Recovery())
 

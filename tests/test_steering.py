@@ -108,6 +108,17 @@ def test_a_layer_of_a_convolutional_network_can_be_steered():
     torch.testing.assert_close(site.outputs(site.anchors(data.inputs) + shift), expected.detach())
 
 
+def test_a_layer_before_one_that_works_in_place_keeps_its_own_activations():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 5), nn.ReLU(inplace=True), nn.Linear(5, 3)).double()
+    problem = Problem.from_module(module, "cross_entropy", labelled())
+    site, inputs = site_of(problem, "0"), problem.train.inputs
+    expected = module[0](inputs).detach()
+    torch.testing.assert_close(site.anchors(inputs), expected)
+    shift = torch.ones_like(expected)
+    torch.testing.assert_close(site.outputs(expected + shift), module[2](F.relu(expected + shift)).detach())
+
+
 class Skipping(nn.Module):
     def __init__(self):
         super().__init__()

@@ -93,6 +93,26 @@ def test_saved_and_loaded(tmp_path, placement, basis):
     assert again.course.kept == 20 and torch.equal(again.course.losses, stride.course.losses)
 
 
+def test_thin_memberships_are_recovered_by_the_loaded_method_too(tmp_path):
+    problem = random_problem((4, 5, 3), "tanh", n=60)
+    stride = fitted(problem, balanced(60, 20, 2, seed=0), steps=3)
+    stride.save(tmp_path / "stride.safetensors")
+    again = Stride.load(tmp_path / "stride.safetensors", problem)
+    assert torch.equal(again.scores(problem.train[:2]), stride.scores(problem.train[:2]))
+    assert again.membership.indptr.dtype == stride.membership.indptr.dtype
+
+
+def test_stored_zeros_are_no_members():
+    dense = MEMBERSHIP.toarray()
+    columns, rows = (part.ravel() for part in np.meshgrid(np.arange(30), np.arange(12), indexing="ij"))
+    stored = sparse.csc_array((dense[rows, columns], rows, np.arange(0, 361, 12)), shape=(12, 30))
+    assert stored.nnz == 360
+    queries = PROBLEM.train[:3]
+    found, expected = (fitted(membership=one).measurements(queries) for one in (stored, MEMBERSHIP))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert stored.nnz == 360
+
+
 def test_checks_of_a_monitor_are_saved(tmp_path):
     monitor = heldout_monitor(MEMBERSHIP, PROBLEM.train[:5])
     steering = Steering(steps=12, check_every=5)
