@@ -26,7 +26,8 @@ def solve(matrix: sparse.csc_array, goal: Goal, *, tolerance: float, start: Tens
 
     A query that rounding keeps from the tolerance stops with the gap that it reached, for the caller to judge.
     """
-    columns = sparse.csc_matrix(matrix)  # what scikit-learn takes
+    columns = sparse.csc_matrix(matrix)  # what scikit-learn takes, with indices of 32 bits
+    columns.indices, columns.indptr = (part.astype(np.int32, copy=False) for part in (columns.indices, columns.indptr))
     rows = columns.T.tocsr()
     n = matrix.shape[1]
     weights = np.zeros((len(goal.y), n)) if start is None else start.numpy().copy()

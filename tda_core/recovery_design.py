@@ -72,7 +72,8 @@ class Design:
         if shape[0] < 2 or shape[1] < 1:
             raise ValueError(f"the membership matrix needs K >= 2 subsets and n >= 1 examples, got {shape}")
         if scipy.sparse.issparse(membership):
-            held = scipy.sparse.csc_array(membership, dtype=np.float64)
+            held = scipy.sparse.csc_array(membership, dtype=np.float64, copy=True)
+            held.sum_duplicates()
             held.eliminate_zeros()
             values = torch.from_numpy(held.data)
             # counted by index, because a column of M may sum to zero without being empty

@@ -163,7 +163,7 @@ class Operators:
             return steer(self.site, self.basis(self.features(inputs)), self.site.anchors(inputs), self.matrices)
 
     def measurements(self, queries: Examples, target: str = "loss") -> Tensor:
-        """y_{x,k} = Loss(o_x) - Loss(o~_k(x)), k = 1..K (page 3 of the method): (q, K), no gradient, query by block.
+        """y_{x,k} = Loss(o_x) - Loss(o~_k(x)), k = 1..K: (q, K), without gradients, in blocks of queries.
 
         target: "loss", or "margin" for the rise of log(p_y / (1 - p_y)) instead; positive where an operator helps.
         """

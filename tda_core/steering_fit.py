@@ -28,8 +28,8 @@ class Steering:
 
     placement: "logits", or the layer whose output is shifted. basis: one of `steering.BASES`, of `rank` where it is
     learned. fidelity, stability, linearity: weights of the losses; `sketch` and `gamma` belong to the last.
-    steps: of gradient descent with momentum .9. rate: step size in units of 1 / the largest curvature of the first
-    two losses at the start (stable below 3.8). members, outside: examples drawn for a subset's fidelity, and for the
+    steps: of gradient descent with momentum .9. rate: step size in units of 1 / the largest curvature at the start
+    (a quadratic would be stable below 3.8). members, outside: examples drawn for a subset's fidelity, and for the
     stability of all, in each step (None: all, which makes it full-batch). check_every, patience: with a monitor, it
     is asked every so many steps, and training ends when it has not improved for so many checks.
     """
@@ -143,7 +143,7 @@ def _descend(
             if step - best[0] >= settings.patience * settings.check_every:
                 break
     if not torch.isfinite(matrices).all():
-        raise FloatingPointError(f"steering diverged: lower rate={settings.rate} (stable below 3.8)")
+        raise FloatingPointError(f"steering diverged: lower rate={settings.rate}")
     step, found = best or (settings.steps, operators(matrices))
     return found, Course(torch.stack(history), checks, step)
 
@@ -220,15 +220,19 @@ class _Training:
         return settings.fidelity * losses[0] + settings.stability * losses[1] + settings.linearity * losses[2]
 
     def largest_curvature(self, basis: Tensor) -> float:
-        """Largest eigenvalue of fidelity + stability in an operator at zero, were all examples members and outside."""
-        settings, train = self.settings, self.problem.train
+        """Largest eigenvalue of the weighted losses in an operator at zero, were all examples members and outside.
+
+        Linearity couples operators, by a residual whose norm is at most 1: it counts as if it were the identity.
+        """
+        train = self.problem.train
         n, size = len(basis), basis.shape[1] * self.site.width
         share = torch.full((1, n), 1 / n, dtype=basis.dtype)
         zero = torch.zeros(size, dtype=basis.dtype, requires_grad=True)
         common = steer(self.site, basis, self.anchors, zero.view(1, basis.shape[1], -1))
         fidelity = steering_losses.fidelity(self.problem.loss, common, train.targets[None], share)
         stability = steering_losses.stability(self.base, common, share, classifies=train.is_classification)
-        objective = settings.fidelity * fidelity + settings.stability * stability
+        measured = measured_gains(self.problem, self.base, common, train.targets)
+        objective = self.weighted(torch.stack([fidelity, stability, measured.square().sum(1).mean()]))
         gradient = torch.autograd.grad(objective, zero, create_graph=True)[0]
 
         def product(vectors: Tensor) -> Tensor:

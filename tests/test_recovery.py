@@ -180,6 +180,18 @@ def test_sparse_equals_dense(name, monkeypatch):
     )
 
 
+def test_sparse_membership_is_left_as_it_was_and_may_have_wide_indices():
+    members, y = problem()
+    matrix = scipy.sparse.csc_array(members.numpy().astype(np.float64))
+    matrix.data[0] = 0.0  # a stored zero
+    matrix.indices, matrix.indptr = matrix.indices.astype(np.int64), matrix.indptr.astype(np.int64)
+    stored = matrix.nnz
+    found = recover(matrix, y, 1.0, tolerance=1e-10).weights
+    assert matrix.nnz == stored
+    expected = recover(torch.from_numpy(matrix.toarray()), y, 1.0, tolerance=1e-10).weights
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
 def test_sparse_membership_and_bool_are_taken():
     members, y = problem()
     expected = recover(members, y, 1.0).weights
