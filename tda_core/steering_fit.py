@@ -30,8 +30,8 @@ class Steering:
     learned. fidelity, stability, linearity: weights of the losses; `sketch` and `gamma` belong to the last.
     steps: of gradient descent with momentum .9. rate: step size in units of 1 / the largest curvature at the start
     (a quadratic would be stable below 3.8). members, outside: examples drawn for a subset's fidelity, and for the
-    stability of all, in each step (None: all, which makes it full-batch, and holds K x size of the largest subset copies of the features: give a
-    number for large training sets). check_every, patience: with a monitor, it
+    stability of all, in each step. None: all, which makes it full-batch; all members hold K x the largest subset's
+    size copies of the features, so give a number for large training sets. check_every, patience: with a monitor, it
     is asked every so many steps, and training ends when it has not improved for so many checks.
     """
 
