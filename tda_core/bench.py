@@ -46,6 +46,8 @@ class Tuned:
 
         A setting of 0 is no edge: no damping lies below it.
         """
+        if not all(isinstance(setting, int | float) for setting in self.tried):
+            raise TypeError(f"only numbers have an edge, got settings such as {self.tried[0]!r}")
         return self.setting == max(self.tried) or self.setting == min(self.tried) != 0
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
+from tda_core.subsets import subset_size
+
 CHUNK = 2**15  # columns drawn, or entries checked, at a time: their temporary arrays fit the processor's cache
 TRADE_ROUNDS = 8  # of `balanced`, after which a membership is where it was dealt with a probability of 2^-8
 LARGEST = 2**31 - 1  # what int32 indices can count
@@ -69,13 +71,7 @@ def random_fraction(n: int, n_subsets: int, fraction: float, *, seed: int) -> sp
     outside (0, 1), and subsets of 0 or all n.
     """
     _check_design(n, n_subsets, 1)
-    if not 0 < fraction < 1:
-        raise ValueError(f"fraction must lie strictly between 0 and 1, got {fraction}")
-    size = round(fraction * n)
-    if not 0 < size < n:
-        raise ValueError(
-            f"fraction {fraction} of {n} examples is a subset of {size}; expected at least 1 and at most {n - 1}"
-        )
+    size = subset_size(n, fraction)
     _check_count(n_subsets * size)
     rng = np.random.default_rng(seed)
     members = np.empty((n_subsets, size), dtype=np.int32)

@@ -20,6 +20,8 @@ SHARES = {"lasso": tuple(np.geomspace(0.7, 0.01, 12)), "ridge": tuple(np.geomspa
 # A choice among a dozen shares does not need the fits' last digits, nor shares far below the best one.
 TOLERANCE, PATIENCE = 1e-2, 2
 SIGMA_STEPS, SIGMA_CHANGE, LEAST_SHARE = 30, 1e-2, 1e-3
+# Share of the squares of a query's measurements that varies, below which they are all alike but for rounding
+FLAT = 1e-12
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +29,8 @@ class Choice:
     """The chosen lam of every query, and what it was chosen by.
 
     lam: (q,). shares: (s,) of `lam_scale` that were tried, falling; index: (q,) the chosen one. errors: (s, q) mean
-    squared error of the held-out measurements over their variance: 1 or more means that nothing was foretold.
+    squared error of the held-out measurements over their variance: 1 or more means that nothing was foretold, and 1
+    stands for a query whose measurements are all alike.
     """
 
     lam: Tensor
@@ -102,10 +105,11 @@ def held_out(
     scale = lam_scale(design, y, penalty)
     shares = shares.to(y)
     lams = [share * scale for share in shares]
-    total = ((y - y.mean(1, keepdim=True)) ** 2).sum(1).clamp_min(torch.finfo(y.dtype).tiny)
+    total = ((y - y.mean(1, keepdim=True)) ** 2).sum(1)
+    varies = total > FLAT * (y**2).sum(1)  # in others there is nothing to foretell, and they decide nothing
     errors: list[Tensor] = []
     for error in _errors(design, y, lams, penalty, folds.parts(design.n_subsets)):
-        errors.append(error / total)
+        errors.append(torch.where(varies, error / torch.where(varies, total, 1), 1.0))
         best = _best(torch.stack(errors), pooled)
         if len(errors) > int(best.max()) + PATIENCE:
             break

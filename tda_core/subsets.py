@@ -17,6 +17,14 @@ def random_subsets(n: int, m: int, fraction: float, *, seed: int) -> Tensor:
     """
     _at_least_one("n (the number of training examples)", n)
     _at_least_one("m (the number of subsets)", m)
+    size = subset_size(n, fraction)
+    members = np.zeros((m, n), dtype=bool)
+    members[:, :size] = True
+    return torch.from_numpy(np.random.default_rng(seed).permuted(members, axis=1))
+
+
+def subset_size(n: int, fraction: float) -> int:
+    """round(fraction * n). Raises ValueError for a fraction outside (0, 1), and a subset of 0 or all n."""
     if not 0 < fraction < 1:
         raise ValueError(f"fraction must lie strictly between 0 and 1, got {fraction}")
     size = round(fraction * n)
@@ -24,9 +32,7 @@ def random_subsets(n: int, m: int, fraction: float, *, seed: int) -> Tensor:
         raise ValueError(
             f"fraction {fraction} of {n} examples is a subset of {size}; expected at least 1 and at most {n - 1}"
         )
-    members = np.zeros((m, n), dtype=bool)
-    members[:, :size] = True
-    return torch.from_numpy(np.random.default_rng(seed).permuted(members, axis=1))
+    return size
 
 
 def leave_one_out_masks(n: int, indices: Sequence[int] | np.ndarray | Tensor) -> Tensor:

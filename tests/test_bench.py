@@ -95,3 +95,10 @@ def test_tune_leaves_out_what_fails(bench):
         bench.tune(fit, [0.0])
     with pytest.raises(ValueError, match="at least one setting"):
         bench.tune(fit, [])
+
+
+def test_only_numbers_have_an_edge():
+    from tda_core.bench import Tuned
+
+    with pytest.raises(TypeError, match=r"only numbers have an edge, got settings such as \('input', 0.1\)"):
+        _ = Tuned(("input", 0.1), {}, None, (("input", 0.1), ("kernel", 0.1))).at_edge

@@ -126,3 +126,13 @@ def test_types_and_unknown_rules():
         universal(members, y, sigma=0.0)
     with pytest.raises(ValueError, match="is nan"):
         choose_lambda(members, y * torch.nan)
+
+
+def test_a_query_whose_measurements_are_all_alike_decides_nothing():
+    members, _, y = noisy(0.3)
+    folds = Folds(4, (0.5, 0.1, 0.03), seed=3)
+    alone = held_out(members, y, folds=folds)
+    among = held_out(members, torch.cat([y, torch.full_like(y[:1], 7.0)]), folds=folds)
+    assert bool((among.index[:-1] == alone.index).all())
+    torch.testing.assert_close(among.errors[:, :-1], alone.errors, rtol=1e-6, atol=0)
+    assert bool((among.errors[:, -1] == 1).all())
