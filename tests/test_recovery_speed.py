@@ -49,3 +49,11 @@ def test_sparse_designs_are_recovered_by_descent_and_dense_ones_all_together(mon
     assert len(calls) == 1 and Design.of(matrix.toarray()).thin is None
     torch.testing.assert_close(sparse_fit.predict(matrix), dense_fit.predict(matrix), rtol=0, atol=1e-6)
     assert float(sparse_fit.gaps.max()) <= 1e-9
+
+
+def test_descent_is_tightened_until_the_gap_holds(monkeypatch):
+    monkeypatch.setattr(recovery_descent, "FIRST", 1e4)  # so loose that the first round cannot do
+    matrix = left_regular(60, 40, 4, seed=0)
+    y = torch.from_numpy(np.random.default_rng(0).standard_normal((3, 40)))
+    fit = recover(matrix, y, 0.05 * lam_scale(matrix, y), tolerance=1e-5)
+    assert float(fit.gaps.max()) <= 1e-5
