@@ -7,13 +7,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# The label of a position that no loss is taken on.
+IGNORED = -100
+
 
 @dataclass(frozen=True, eq=False)
 class Examples:
     """Inputs and targets of equal length, checked once, here.
 
-    inputs: (n, ...) float tensor, finite. targets: (n,) int64 class labels, or (n,) float targets.
-    Raises ValueError for an empty set, unequal lengths, and NaN or infinite values; TypeError for other types.
+    inputs: (n, ...) float tensor, finite. targets: (n,) int64 class labels, or (n,) float targets. Sequences:
+    inputs (n, T) int64 tokens, targets (n, T) int64, the token that follows each position or `IGNORED`.
+    Raises ValueError for an empty set, unequal lengths, NaN or infinite values, and a sequence of which every
+    position is ignored; TypeError for other types.
     """
 
     inputs: Tensor
@@ -24,14 +29,14 @@ class Examples:
             value = getattr(self, name)
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-        if not self.inputs.is_floating_point():
-            raise TypeError(f"inputs must be floating point, got {self.inputs.dtype}")
+        if not self.inputs.is_floating_point() and not (self.is_sequence and self.inputs.dtype == torch.int64):
+            raise TypeError(f"inputs must be floating point, got {self.inputs.dtype} (tokens: int64, labels (n, T))")
         if not self.targets.is_floating_point() and self.targets.dtype != torch.int64:
             raise TypeError(f"targets must be int64 class labels or floating point, got {self.targets.dtype}")
         if self.inputs.ndim < 2:
             raise ValueError(f"inputs must be (n, ...) with at least 2 dimensions, got {tuple(self.inputs.shape)}")
-        if self.targets.ndim != 1:
-            raise ValueError(f"targets must be (n,), got {tuple(self.targets.shape)}")
+        if self.targets.ndim != 1 and not (self.is_sequence and self.targets.shape == self.inputs.shape[:2]):
+            raise ValueError(f"targets must be (n,), or one a token, got {tuple(self.targets.shape)}")
         if len(self.inputs) != len(self.targets):
             raise ValueError(f"{len(self.inputs)} inputs but {len(self.targets)} targets")
         if len(self.inputs) == 0:
@@ -41,8 +46,11 @@ class Examples:
             if value.is_floating_point() and not torch.isfinite(value).all():
                 bad = int((~torch.isfinite(value.flatten(1) if value.ndim > 1 else value[:, None])).any(1).nonzero()[0])
                 raise ValueError(f"{name} must be finite, but example {bad} holds NaN or infinity")
-        if not self.targets.is_floating_point() and int(self.targets.min()) < 0:
-            raise ValueError(f"class labels must be >= 0, got {int(self.targets.min())}")
+        if self.is_sequence and bool((unlabelled := (self.targets == IGNORED).all(1)).any()):
+            raise ValueError(f"sequence {int(unlabelled.nonzero()[0])} has no labelled position")
+        labels = self.targets[self.targets != IGNORED] if self.is_sequence else self.targets
+        if not labels.is_floating_point() and int(labels.min()) < 0:
+            raise ValueError(f"class labels must be >= 0, got {int(labels.min())}")
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -57,9 +65,16 @@ class Examples:
     def is_classification(self) -> bool:
         return not self.targets.is_floating_point()
 
+    @property
+    def is_sequence(self) -> bool:
+        """Whether each position has a label of its own."""
+        return self.targets.ndim == 2 and self.targets.dtype == torch.int64
+
     def expect_like(self, other: "Examples", n_outputs: int) -> None:
         """Raise ValueError where a model with `n_outputs` outputs that fits `other` does not fit these examples."""
-        if self.inputs.shape[1:] != other.inputs.shape[1:]:
+        if self.is_sequence != other.is_sequence:
+            raise ValueError(f"targets must be one a {'token' if other.is_sequence else 'row'}, as in training")
+        if self.inputs.shape[1:] != other.inputs.shape[1:] and not self.is_sequence:  # which may be of any length
             expected, got = (", ".join(map(str, e.inputs.shape[1:])) for e in (other, self))
             raise ValueError(f"inputs must have shape (n, {expected}), got (n, {got})")
         if self.is_classification != other.is_classification:

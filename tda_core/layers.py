@@ -4,6 +4,7 @@ For a linear layer, an example's gradient is a sum over positions of delta x', w
 loss' derivative in what flows out: one backward pass to the outputs serves a whole batch of examples, one by one.
 """
 
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,29 +16,43 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from tda_core.problem import Problem
 
+# Rounding of so many steps of the type may separate gradients by layers from plain ones, and 1e-3 in any type.
+ROUNDING_STEPS = 10
+
 Watch = Callable[[str, Tensor, Tensor], Tensor | None]
 Flows = dict[str, tuple[Tensor, Tensor]]
 TESTED = 8  # training examples, spread over all, whose gradients by layers are compared with plain ones
 
 
-def linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
+def linear_types() -> tuple[type[nn.Module], ...]:
+    """`nn.Linear`, and the layer of GPT-2 that holds its weight transposed where transformers is in use."""
+    transposed = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    return (nn.Linear,) if transposed is None else (nn.Linear, transposed)
+
+
+def linear_layers(module: nn.Module) -> dict[str, nn.Module]:
     """The linear layers that are not frozen, by name."""
-    found = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
+    found = {name: layer for name, layer in module.named_modules() if isinstance(layer, linear_types())}
     return {name: layer for name, layer in found.items() if any(value.requires_grad for value in layer.parameters())}
+
+
+def own_parameters(layer: nn.Module) -> list[str]:
+    """Which of "weight" and "bias" a layer has as parameters of its own."""
+    return [kind for kind, _ in layer.named_parameters(recurse=False) if kind in ("weight", "bias")]
 
 
 def trained(
     module: nn.Module, placed: nn.Module, names: tuple[str, ...], inputs: Tensor
-) -> dict[str, nn.Linear] | None:
+) -> dict[str, nn.Module] | None:
     """The linear layers of `placed` by name, if parameters of these names are theirs and each runs once on inputs.
 
     placed: a frozen copy of `module`. inputs: (1, ...). None where other parameters are trained as well, or layers
     run more than once, or are not ordinary.
     """
     found = {name: placed.get_submodule(name) for name in linear_layers(module)}
-    kinds = {name: ("weight",) if layer.bias is None else ("weight", "bias") for name, layer in found.items()}
-    owned = {f"{name}.{kind}".lstrip(".") for name, own in kinds.items() for kind in own}
-    if set(names) != owned or any(type(layer).forward is not nn.Linear.forward for layer in found.values()):
+    named = {f"{name}.{kind}".lstrip(".") for name, layer in found.items() for kind in own_parameters(layer)}
+    ordinary = [kind.forward for kind in linear_types()]
+    if not set(names) <= named or any(type(layer).forward not in ordinary for layer in found.values()):
         return None
     runs: list[tuple[str, int]] = []
     with watched(found, lambda name, _, out: runs.append((name, len(out)))), torch.no_grad():
@@ -45,22 +60,23 @@ def trained(
     return found if sorted(runs) == sorted((name, 1) for name in found) else None
 
 
-def tested(problem: "Problem") -> dict[str, nn.Linear] | None:
+def tested(problem: "Problem") -> dict[str, nn.Module] | None:
     """`trained` layers of a problem, if training examples' gradients by layers are their gradients; else None."""
     rows = torch.linspace(0, len(problem.train) - 1, TESTED).round().long().unique()
-    inputs, targets = problem.train.inputs[rows].to(problem.theta.dtype), problem.train.targets[rows]
+    inputs, targets = problem.typed(problem.train.inputs[rows]), problem.train.targets[rows]
     found = trained(problem.module, problem.placed, problem.names, inputs[:1])
     if found is None:
         return None
     # a weight may be used outside of its layer as well, which no hook sees, or examples may depend on each other
-    by_layer = gradients(flows(found, lambda: problem.loss(problem.placed(inputs), targets)), problem.offsets)
+    by_layer = gradients(flows(found, lambda: problem.loss(problem.placed(inputs), targets)), problem.offsets, found)
     plain = problem.gradients_one_by_one(inputs, targets)
     off, size = (by_layer - plain).norm(dim=1), plain.norm(dim=1)
-    return found if bool((off <= 1e-3 * size + torch.finfo(size.dtype).tiny).all()) else None
+    tolerance = max(1e-3, ROUNDING_STEPS * torch.finfo(size.dtype).eps)
+    return found if bool((off <= tolerance * size + torch.finfo(size.dtype).tiny).all()) else None
 
 
 @contextmanager
-def watched(layers: Mapping[str, nn.Linear], watch: Watch) -> Iterator[None]:
+def watched(layers: Mapping[str, nn.Module], watch: Watch) -> Iterator[None]:
     """Call watch(layer name, input, output) -> output, None for the same, at each of the layers of a forward pass.
 
     Passes of other threads, which may share the module, go unwatched.
@@ -78,7 +94,7 @@ def watched(layers: Mapping[str, nn.Linear], watch: Watch) -> Iterator[None]:
             handle.remove()
 
 
-def flows(layers: Mapping[str, nn.Linear], losses: Callable[[], Tensor]) -> Flows:
+def flows(layers: Mapping[str, nn.Module], losses: Callable[[], Tensor]) -> Flows:
     """By layer: what flows in (n, ..., d_in), and the losses' derivatives in what flows out (n, ..., d_out).
 
     losses: () -> (n,), runs the module whose layers these are, each once; an example's loss must not depend on the
@@ -104,11 +120,14 @@ def outer(delta: Tensor, x: Tensor) -> Tensor:
     return (delta[:, :, None] * x[:, None, :]).flatten(1)
 
 
-def gradients(flowed: Flows, offsets: Mapping[str, slice]) -> Tensor:
+def gradients(flowed: Flows, offsets: Mapping[str, slice], layers: Mapping[str, nn.Module]) -> Tensor:
     """Each example's gradient in the layers' weights and biases: (n, p), in the order of the offsets."""
     parts = []
     for parameter in offsets:
-        layer, _, kind = parameter.rpartition(".")
-        x, delta = flowed[layer]
-        parts.append(outer(delta, x) if kind == "weight" else delta.flatten(1, -2).sum(1) if delta.ndim > 2 else delta)
+        name, _, kind = parameter.rpartition(".")
+        x, delta = flowed[name]
+        if kind == "weight":
+            parts.append(outer(delta, x) if isinstance(layers[name], nn.Linear) else outer(x, delta))
+        else:
+            parts.append(delta.flatten(1, -2).sum(1) if delta.ndim > 2 else delta)
     return torch.cat(parts, 1)

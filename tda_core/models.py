@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tda_core.examples import IGNORED
+
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
 
 
@@ -65,6 +67,16 @@ def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
     return 0.5 * (outputs[:, 0] - targets) ** 2
 
 
+def sequence_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy in nats summed over each sequence's labelled positions: (n, T, V), (n, T) -> (n,)."""
+    return F.cross_entropy(outputs.transpose(1, 2).float(), targets, reduction="none", ignore_index=IGNORED).sum(1)
+
+
+def mean_sequence_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy in nats a labelled position: (n, T, V), (n, T) -> (n,)."""
+    return sequence_cross_entropy(outputs, targets) / (targets != IGNORED).sum(1)
+
+
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cross_entropy": cross_entropy,
     "squared_error": squared_error,
@@ -77,6 +89,8 @@ def margin(outputs: Tensor, targets: Tensor) -> Tensor:
     Equal to -log(exp(loss) - 1), which overflows for uncertain points and loses all digits for
     confident ones; the log-sum-exp over the other classes does neither (TRAK, arXiv 2303.14186, eq. 6).
     """
+    if outputs.ndim > 2:
+        raise ValueError(f"a margin needs one label an example, got outputs of shape {tuple(outputs.shape)}")
     if outputs.shape[1] < 2:
         raise ValueError(f"a margin needs at least 2 classes, got outputs of width {outputs.shape[1]}")
     correct = outputs.gather(1, targets[:, None])[:, 0]

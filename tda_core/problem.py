@@ -69,7 +69,7 @@ class Problem:
         if isinstance(loss, str):
             if loss not in LOSSES:
                 raise ValueError(f"unknown loss {loss!r}, expected one of {sorted(LOSSES)} or a function")
-            if (loss == "cross_entropy") != train.is_classification:
+            if train.is_sequence or (loss == "cross_entropy") != train.is_classification:
                 raise ValueError(f"loss {loss!r} does not fit targets of type {train.targets.dtype}")
             loss = LOSSES[loss]
         module = copy.deepcopy(module).eval()
@@ -115,8 +115,12 @@ class Problem:
     def outputs(self, inputs: Tensor, theta: Tensor | None = None) -> Tensor:
         """Model outputs (logits for a classifier): (n, ...) -> (n, C), in theta's floating-point type."""
         if theta is None:
-            return self.placed(inputs.to(self.theta.dtype))
-        return functional_call(self.module, self.unravel(theta), (inputs.to(theta.dtype),))
+            return self.placed(self.typed(inputs))
+        return functional_call(self.module, self.unravel(theta), (self.typed(inputs),))
+
+    def typed(self, inputs: Tensor) -> Tensor:
+        """Inputs in theta's type; tokens stay what they are."""
+        return inputs.to(self.theta.dtype) if inputs.is_floating_point() else inputs
 
     def losses(self, examples: Examples, theta: Tensor | None = None) -> Tensor:
         """Per-example losses (n,)."""
@@ -177,6 +181,8 @@ class Problem:
 
     @cached_property
     def _head(self) -> "Problem":
+        if self.train.is_sequence:
+            raise ValueError("the last layer of a sequence model gives an output at each token, not one an example")
         layer = dict(self.module.named_modules())[self.last_layer]
         names = [f"{self.last_layer}.{name}".lstrip(".") for name, v in layer.named_parameters() if v.requires_grad]
         if not names:
@@ -197,17 +203,17 @@ class Problem:
     def gradients(self, examples: Examples, target: str = "loss", *, chunk_size: int = 256) -> Tensor:
         """Gradient of each example's loss (or margin) in theta: (n, p).
 
-        One backward pass for a chunk of examples where `linear_layers` hold all parameters, else one for each.
+        One backward pass for a chunk of examples where `flow_layers` hold all parameters, else one for each.
         """
         self.check(examples)
         _check_target(target)
         if play := self.recordings.get((len(examples), target)):
-            return play(examples.inputs.to(self.theta.dtype), examples.targets)
+            return play(self.typed(examples.inputs), examples.targets)
         parts = zip(examples.inputs.split(chunk_size), examples.targets.split(chunk_size), strict=True)
-        if self.linear_layers is None:
+        if self.flow_layers is None:
             found = [self.gradients_one_by_one(*part, target) for part in parts]
         else:
-            found = [layers.gradients(self.flows(*part, target), self.offsets) for part in parts]
+            found = [layers.gradients(self.flows(*part, target), self.offsets, self.flow_layers) for part in parts]
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def gradients_one_by_one(self, inputs: Tensor, targets: Tensor, target: str = "loss") -> Tensor:
@@ -221,15 +227,15 @@ class Problem:
     def recorded(self, sizes: Sequence[int] = (1,), target: str = "loss") -> "Problem":
         """The same problem, whose gradients for batches of these sizes come from a recording.
 
-        Raises ValueError for modules that have no `linear_layers`, and where `recording.record` does.
+        Raises ValueError for modules that have no `flow_layers`, and where `recording.record` does.
         """
-        if self.linear_layers is None:
+        if self.flow_layers is None:
             raise ValueError("only gradients of linear layers can be recorded, and this module has other parameters")
 
         def function(inputs: Tensor, targets: Tensor) -> Tensor:
-            return layers.gradients(self.flows(inputs, targets, target), self.offsets)
+            return layers.gradients(self.flows(inputs, targets, target), self.offsets, self.flow_layers)
 
-        train = self.train.inputs.to(self.theta.dtype), self.train.targets
+        train = self.typed(self.train.inputs), self.train.targets
         made = {(size, target): record(function, *train, size) for size in sizes}
         copied = replace(self)
         copied.recordings.update(self.recordings | made)
@@ -240,8 +246,8 @@ class Problem:
 
     def flows(self, inputs: Tensor, targets: Tensor, target: str = "loss") -> layers.Flows:
         """By linear layer: what flows in, and each example's loss' derivatives in what flows out (`layers.flows`)."""
-        inputs = inputs.to(self.theta.dtype)
-        return layers.flows(self.linear_layers, lambda: self._scalar(self.placed(inputs), targets, target))
+        inputs = self.typed(inputs)
+        return layers.flows(self.flow_layers, lambda: self._scalar(self.placed(inputs), targets, target))
 
     @cached_property
     def placed(self) -> nn.Module:
@@ -253,12 +259,20 @@ class Problem:
         return module
 
     @cached_property
-    def linear_layers(self) -> dict[str, nn.Linear] | None:
-        """The layers of `placed` by name, where all that theta holds are whole `nn.Linear`s that each run once.
+    def flow_layers(self) -> dict[str, nn.Module] | None:
+        """The linear layers of `placed` by name, where all that theta holds are their weights and biases.
 
         None for other modules. Tested on some training examples: their gradients by layers must be their gradients.
         """
         return layers.tested(self)
+
+    @cached_property
+    def linear_layers(self) -> dict[str, nn.Linear] | None:
+        """`flow_layers` where theta holds each of them whole and all are `nn.Linear`, else None."""
+        found = self.flow_layers or {}
+        whole = {f"{name}.{kind}".lstrip(".") for name, layer in found.items() for kind in layers.own_parameters(layer)}
+        plain = all(isinstance(layer, nn.Linear) for layer in found.values())
+        return found if found and plain and whole == set(self.names) else None
 
     def derivatives_along(self, examples: Examples, directions: Tensor, target: str = "loss") -> Tensor:
         """Forward-mode derivative of each example's loss along each direction: (k, p) -> (n, k).
