@@ -36,7 +36,7 @@ class Examples:
         if self.inputs.ndim < 2:
             raise ValueError(f"inputs must be (n, ...) with at least 2 dimensions, got {tuple(self.inputs.shape)}")
         if self.targets.ndim != 1 and not (self.is_sequence and self.targets.shape == self.inputs.shape[:2]):
-            raise ValueError(f"targets must be (n,), or one a token, got {tuple(self.targets.shape)}")
+            raise ValueError(f"targets must be (n,), got {tuple(self.targets.shape)}")
         if len(self.inputs) != len(self.targets):
             raise ValueError(f"{len(self.inputs)} inputs but {len(self.targets)} targets")
         if len(self.inputs) == 0:

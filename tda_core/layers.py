@@ -6,6 +6,7 @@ loss' derivative in what flows out: one backward pass to the outputs serves a wh
 
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -69,7 +70,9 @@ def tested(problem: "Problem") -> dict[str, nn.Module] | None:
         return None
     # a weight may be used outside of its layer as well, which no hook sees, or examples may depend on each other
     by_layer = gradients(flows(found, lambda: problem.loss(problem.placed(inputs), targets)), problem.offsets, found)
-    plain = problem.gradients_one_by_one(inputs, targets)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")  # of fused attention under vmap
+        plain = problem.gradients_one_by_one(inputs, targets)
     off, size = (by_layer - plain).norm(dim=1), plain.norm(dim=1)
     tolerance = max(1e-3, ROUNDING_STEPS * torch.finfo(size.dtype).eps)
     return found if bool((off <= tolerance * size + torch.finfo(size.dtype).tiny).all()) else None

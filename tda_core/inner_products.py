@@ -1,0 +1,176 @@
+"""Influence by inner products of gradients, in the variants that in-context probing is compared with.
+
+g_q, g_z: gradients of a query's and of a training example's loss. With s_k the inner product over tensor k,
+
+    dot                  <g_q, g_z>: minus a query's change of loss a step along -g_z, to first order
+    cosine               the same over both norms
+    released_log         sum of log s_k over tensors with s_k > 0, each gradient entry first clamped to
+                         sign(g) clip(|g|, 1e-4, 1): what the released scores of ICP were made with
+    released_signed_log  sum of sign(s_k) log |s_k|, clamped alike: what the released code does now
+    adam_dot             <g_q, g_z / (sqrt(v) + eps)>, v the mean squared gradient of the training set, which Adam's
+                         second moment tracks
+    less                 the cosine of g_q and that direction (after Xia et al. 2024, arXiv 2402.04333)
+    damped               g_q' (G'G / n + damping I)^-1 g_z, G (n, p) the training set's gradients: the empirical
+                         Fisher matrix, which TRAK's kernel is made of, solved among the n examples
+
+Sources: Jiao et al. 2025 (arXiv 2407.12259) and its released code for the clamp, the logarithms and both sign rules.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tda_core.examples import Examples
+from tda_core.problem import Problem
+from tda_core.store import load_tensors, save_tensors
+
+KINDS = ("dot", "cosine", "released_log", "released_signed_log", "adam_dot", "less", "damped")
+CLAMP = (1e-4, 1.0)
+EPSILON = 1e-8
+# Floats of training gradients that are held for a second use (4 GB); more are computed again.
+HELD = 2**30
+
+
+@dataclass(frozen=True, eq=False)
+class GradientProducts:
+    """Inner products of one model's gradients, kind by kind, with what its training set has to be passed over for.
+
+    damping: of "damped" alone, in units of the mean squared norm of a training gradient over n, which is the mean
+    eigenvalue of G'G / n among the n directions that it spans. Raises ValueError for a damping that is not positive.
+    """
+
+    problem: Problem
+    damping: float = 0.1
+    chunk_size: int = 64
+
+    def __post_init__(self) -> None:
+        if not (self.damping > 0 and self.damping < float("inf")):
+            raise ValueError(f"damping must be positive and finite, got {self.damping}")
+
+    def scores(self, queries: Examples, kind: str = "dot") -> Tensor:
+        """Scores (n_query, n_train) of one kind, positive for proponents; the logarithms may be negative anywhere."""
+        return self.all_scores(queries, (kind,))[kind]
+
+    def all_scores(self, queries: Examples, kinds: Sequence[str] = KINDS) -> dict[str, Tensor]:
+        """Scores by kind, for one pass over the training set. Raises ValueError for an unknown kind."""
+        for kind in kinds:
+            if kind not in KINDS:
+                raise ValueError(f"unknown kind {kind!r}, expected one of {KINDS}")
+        goals = self.problem.gradients(queries, chunk_size=self.chunk_size)
+        simple = [kind for kind in kinds if kind != "damped"]
+        found = {kind: [] for kind in simple}
+        if simple:
+            for part in self._training_gradients():
+                for kind in simple:
+                    found[kind].append(self._products(kind, goals, part))
+        joined = {kind: torch.cat(parts, 1) for kind, parts in found.items()}
+        if "damped" in kinds:
+            joined["damped"] = self._damped(goals)
+        return {kind: joined[kind] for kind in kinds}
+
+    def _products(self, kind: str, goals: Tensor, part: Tensor) -> Tensor:
+        if kind.startswith("released"):
+            return sum(_logarithm(s, kind) for s in self._by_tensor(_clamped(goals), _clamped(part)))
+        if kind in ("adam_dot", "less"):
+            part = part / (self.second_moment.sqrt() + EPSILON)
+        products = goals @ part.T
+        if kind in ("cosine", "less"):
+            products /= _norms(goals)[:, None] * _norms(part)
+        return products
+
+    def _by_tensor(self, goals: Tensor, part: Tensor) -> list[Tensor]:
+        return [goals[:, place] @ part[:, place].T for place in self.problem.offsets.values()]
+
+    def _training_gradients(self):
+        if self._held is not None:
+            yield from self._held.split(self.chunk_size)
+            return
+        for rows in tqdm(
+            torch.arange(len(self.problem.train)).split(self.chunk_size), desc="training gradients", leave=False
+        ):
+            yield self.problem.gradients(self.problem.train[rows], chunk_size=self.chunk_size)
+
+    @cached_property
+    def _held(self) -> Tensor | None:
+        """All training gradients (n, p), where they fit."""
+        if len(self.problem.train) * self.problem.n_parameters > HELD:
+            return None
+        return self.problem.gradients(self.problem.train, chunk_size=self.chunk_size)
+
+    @cached_property
+    def second_moment(self) -> Tensor:
+        """Mean squared training gradient, entry by entry: (p,)."""
+        total = torch.zeros_like(self.problem.theta)
+        for part in self._training_gradients():
+            total += part.square().sum(0)
+        return total / len(self.problem.train)
+
+    def _damped(self, goals: Tensor) -> Tensor:
+        """With K = G G': K_qT (K / n + damping I)^-1, equal to the solve among the p parameters for z in T."""
+        kernel, n = self.kernel, len(self.problem.train)
+        damping = self.damping * float(kernel.diagonal().mean()) / n
+        system = kernel / n + damping * torch.eye(n, dtype=kernel.dtype, device=kernel.device)
+        mixed = torch.cat([goals @ part.T for part in self._training_gradients()], 1).double()
+        return torch.cholesky_solve(mixed.T, torch.linalg.cholesky(system)).T.to(goals.dtype)
+
+    @cached_property
+    def kernel(self) -> Tensor:
+        """Inner products of the training gradients, (n, n) float64; a block of rows at a time where they do not fit."""
+        rows = [
+            torch.cat([part @ other.T for other in self._training_gradients()], 1)
+            for part in self._training_gradients()
+        ]
+        return torch.cat(rows).double()
+
+    def save(self, path: Path | str) -> None:
+        """Write the settings, the hashes of model and data, and Adam's second moment to one file."""
+        settings = {"damping": self.damping, "chunk_size": self.chunk_size}
+        metadata = {"gradient_products": settings, "made_for": self.problem.identity}
+        save_tensors(Path(path), {"second_moment": self.second_moment}, metadata)
+
+    @classmethod
+    def load(cls, path: Path | str, problem: Problem) -> "GradientProducts":
+        """Read what `save` wrote; ValueError where the model or the data are not the saved ones."""
+        tensors, found = load_tensors(Path(path))
+        if "gradient_products" not in found:
+            raise ValueError(f"{path} does not hold gradient products, but {sorted(found)}")
+        problem.check_identity(path, found["made_for"])
+        loaded = cls(problem, **found["gradient_products"])
+        loaded.__dict__["second_moment"] = tensors["second_moment"].to(problem.theta)
+        return loaded
+
+
+def one_step_changes(problem: Problem, queries: Examples, rate: float, rows: Tensor | None = None) -> Tensor:
+    """How far each query's loss falls by one gradient step on one training example: (n_query, k), in nats.
+
+    rate: of the step theta - rate g_z, which all methods here stand for. rows: (k,) training examples, default all.
+    Raises ValueError for a rate that is not positive.
+    """
+    if not rate > 0:
+        raise ValueError(f"rate must be positive, got {rate}")
+    rows = torch.arange(len(problem.train)) if rows is None else rows
+    before, changes = problem.losses(queries), []
+    for row in tqdm(rows.tolist(), desc="one step on each example", leave=False):
+        step = problem.gradients(problem.train[row : row + 1])[0]
+        changes.append(before - problem.losses(queries, problem.theta - rate * step))
+    return torch.stack(changes, 1)
+
+
+def _clamped(gradients: Tensor) -> Tensor:
+    return gradients.sign() * gradients.abs().clamp(*CLAMP)
+
+
+def _logarithm(products: Tensor, kind: str) -> Tensor:
+    if kind == "released_log":
+        return torch.where(products > 0, products, 1.0).log()
+    tiny = torch.finfo(products.dtype).tiny
+    return products.sign() * products.abs().clamp_min(tiny).log()
+
+
+def _norms(gradients: Tensor) -> Tensor:
+    return gradients.norm(dim=1).clamp_min(torch.finfo(gradients.dtype).tiny)

@@ -1,0 +1,299 @@
+"""Causal language models: any `AutoModelForCausalLM` and its tokenizer, checked, and as a `Problem`.
+
+Tokens are padded here and never by the tokenizer, so that one without a pad token does as well. A text is tokenised in
+parts (demonstration, prompt, response): what a part becomes does not depend on what stands beside it.
+"""
+
+import copy
+import fnmatch
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from tda_core.examples import IGNORED, Examples, hash_of
+from tda_core.layers import linear_layers, own_parameters
+from tda_core.models import mean_sequence_cross_entropy, sequence_cross_entropy
+from tda_core.problem import Problem
+from tda_core.text_pairs import TextPairs
+
+REDUCTIONS = {"sum": sequence_cross_entropy, "mean": mean_sequence_cross_entropy}
+# Tokens of one forward pass over texts of all lengths: larger batches are no faster on a CPU, and take more memory.
+BATCH_TOKENS = 4096
+
+
+class ModelUnavailable(RuntimeError):
+    """A model is neither in a folder of this name nor in the local cache, and the hub is out of reach."""
+
+
+@dataclass(frozen=True, eq=False)
+class LanguageModel:
+    """A causal language model in evaluation mode with the tokenizer that goes with it.
+
+    window: most tokens of one sequence, None where the model sets no limit. start: tokens that stand before every
+    text, what the tokenizer itself would put there. Raises ValueError for a model that is not causal (tested: a later
+    token must not change what is predicted at an earlier one), a tokenizer with more tokens than the model has
+    embeddings for, and logits that are not finite.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    def __post_init__(self) -> None:
+        self.model.eval()
+        known = self.model.get_input_embeddings().num_embeddings
+        if len(self.tokenizer) > known:
+            raise ValueError(f"the tokenizer has {len(self.tokenizer)} tokens, but the model embeds only {known}")
+        tokens = torch.arange(8, device=self.device).remainder(known).view(1, 8)
+        changed = torch.cat([tokens[:, :-1], tokens[:, :1]], 1)
+        with torch.no_grad():
+            before, after = (self.model(input_ids=t, use_cache=False).logits[:, :-1].float() for t in (tokens, changed))
+        if not torch.isfinite(before).all():
+            raise ValueError("the model's logits are NaN or infinite: are its weights those of a trained model?")
+        tolerance = torch.finfo(self.dtype).eps ** 0.75 * float(before.abs().max())  # above rounding, below an effect
+        if float((before - after).abs().max()) > tolerance:
+            kind = type(self.model).__name__
+            raise ValueError(f"{kind} is not causal: a later token changes what it predicts at an earlier one")
+
+    @classmethod
+    def load(
+        cls,
+        name: str | Path,
+        *,
+        device: str | None = None,
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
+    ) -> "LanguageModel":
+        """The model and tokenizer of a folder that `save_pretrained` wrote, or of that name on the hub.
+
+        device: "cpu", "cuda", ..., or "auto" to spread a large model over what there is (`device_map`); default the
+        GPU, if there is one. dtype: default bfloat16 on a GPU and float32 elsewhere. Raises ModelUnavailable, which
+        says what to do, where the name is unknown here and the hub out of reach, and ValueError for a model that is
+        no causal language model.
+        """
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = dtype or (torch.float32 if device == "cpu" or not torch.cuda.is_available() else torch.bfloat16)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+            model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype, device_map=device)
+        except OSError as error:
+            raise ModelUnavailable(
+                f"{str(name)!r} is no folder with a model and a tokenizer, nor in the local cache, and could not be "
+                f"had from the hub ({str(error).splitlines()[0]}). Offline: run `hf download {name}` on a connected "
+                "machine and pass the folder's path here, or copy the cache and point HF_HOME to it"
+            ) from error
+        except ValueError as error:
+            raise ValueError(f"{str(name)!r} is not a causal language model: {error}") from error
+        return cls(model, tokenizer)
+
+    def save(self, folder: str | Path) -> None:
+        """Write model and tokenizer so that `load` reads them."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def width(self) -> int:
+        """Width of the hidden states."""
+        return self.model.config.get_text_config().hidden_size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.get_input_embeddings().weight.dtype
+
+    @cached_property
+    def n_layer_parameters(self) -> int:
+        """Parameters but for the embeddings of tokens at either end."""
+        ends = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        held = {id(value) for end in ends if end is not None for value in end.parameters()}
+        return sum(value.numel() for value in self.model.parameters() if id(value) not in held)
+
+    @cached_property
+    def window(self) -> int | None:
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    @cached_property
+    def start(self) -> tuple[int, ...]:
+        added = tuple(self.tokenizer("")["input_ids"])
+        closing = self.tokenizer.eos_token_id
+        return added[:-1] if len(added) > 1 and added[-1] == closing else added
+
+    @cached_property
+    def has_plain_head(self) -> bool:
+        """Whether logits are the output embedding's product with the last hidden states (tested), and nothing more."""
+        head = self.model.get_output_embeddings()
+        tokens = torch.arange(4, device=self.device).view(1, 4)
+        if head is None:
+            return False
+        with torch.no_grad():
+            logits = self.model(input_ids=tokens, use_cache=False).logits
+            hidden = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+            return hidden.shape[-1] == head.weight.shape[-1] and torch.equal(head(hidden), logits)
+
+    @cached_property
+    def identity(self) -> str:
+        """Hash of the weights and the vocabulary: what results are keyed by."""
+        vocabulary = "\n".join(f"{token} {i}" for token, i in sorted(self.tokenizer.get_vocab().items()))
+        as_bytes = torch.frombuffer(bytearray(vocabulary.encode("utf-8", "surrogatepass")), dtype=torch.uint8)
+        return hash_of([*self.model.state_dict().values(), as_bytes])[:16]
+
+    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of each text, none added."""
+        with warnings.catch_warnings():  # texts longer than the window are dealt with where they are used
+            warnings.simplefilter("ignore")
+            found = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        return found if len(texts) else []
+
+    def split(self, pairs: TextPairs) -> tuple[list[list[int]], list[list[int]]]:
+        """Tokens of the prompts and of the responses. ValueError for a response of which no token is left."""
+        prompts, responses = self.tokens(pairs.prompts), self.tokens(pairs.responses)
+        empty = [i for i, tokens in enumerate(responses) if not tokens]
+        if empty:
+            raise ValueError(f"responses[{empty[0]}] = {pairs.responses[empty[0]]!r} has no token in this vocabulary")
+        return prompts, responses
+
+    def examples(self, pairs: TextPairs) -> Examples:
+        """Pairs as sequences: inputs (n, T) tokens padded on the right, targets (n, T) the response's tokens alone.
+
+        A prompt that is too long loses its beginning. Raises ValueError for a response longer than the window.
+        """
+        rows = []
+        for i, (prompt, response) in enumerate(zip(*self.split(pairs), strict=True)):
+            before, _ = cut_left([*self.start, *prompt], response, self.window, f"responses[{i}]")
+            before = before or [self.empty_context]
+            row = torch.tensor([*before, *response])
+            labels = row.clone()
+            labels[: len(before)] = IGNORED
+            rows.append((row[:-1], labels[1:]))
+        pad = nn.utils.rnn.pad_sequence
+        inputs = pad([tokens for tokens, _ in rows], batch_first=True)
+        return Examples(inputs, pad([labels for _, labels in rows], batch_first=True, padding_value=IGNORED))
+
+    @property
+    def empty_context(self) -> int:
+        """The token that a response follows where there is no prompt. ValueError where the tokenizer has none."""
+        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return token
+        raise ValueError("a prompt is empty, and this tokenizer has neither a bos nor an eos token to begin with")
+
+    def token_losses(self, examples: Examples) -> Tensor:
+        """Loss in nats of each labelled token, 0 elsewhere: (n, T). Batched by length."""
+        found = torch.zeros(examples.targets.shape)
+        lengths = (examples.targets != IGNORED).long().mul(torch.arange(examples.targets.shape[1])).amax(1) + 1
+        for rows in batches_of(lengths.tolist(), BATCH_TOKENS):
+            part = slice(0, int(lengths[rows].max()))
+            inputs, targets = examples.inputs[rows, part].to(self.device), examples.targets[rows, part].to(self.device)
+            with torch.no_grad():
+                logits = self.model(input_ids=inputs, use_cache=False).logits.float()
+            losses = nn.functional.cross_entropy(logits.mT, targets, reduction="none", ignore_index=IGNORED)
+            found[rows, part] = losses.cpu()
+        if not torch.isfinite(found).all():
+            bad = int((~torch.isfinite(found)).any(1).nonzero()[0])
+            raise ValueError(f"the loss of example {bad} is NaN or infinite")
+        return found
+
+    def losses(self, pairs: TextPairs, reduction: str = "sum") -> Tensor:
+        """Loss of each response given its prompt, in nats, summed over its tokens or a token's mean: (n,)."""
+        _reduction(reduction)
+        examples = self.examples(pairs)
+        total = self.token_losses(examples).sum(1)
+        return total / (examples.targets != IGNORED).sum(1) if reduction == "mean" else total
+
+    def problem(
+        self, train: TextPairs, parameters: Sequence[str] = ("*weight",), *, reduction: str = "mean"
+    ) -> Problem:
+        """The model as a `Problem` whose training set are these pairs.
+
+        parameters: names, or patterns such as "*.mlp.*", of what is attributed to; of the weights in linear layers
+        (GPT-2's transposed ones included) that are not the output embedding. Raises ValueError where none is named.
+        """
+        loss = REDUCTIONS[_reduction(reduction)]
+        names = self.attributable(parameters)
+        own = dict(self.model.named_parameters())
+        held = {name: value.requires_grad for name, value in own.items()}
+        try:
+            for name, value in own.items():
+                value.requires_grad_(name in names)
+            theta = torch.cat([own[name].detach().flatten() for name in own if name in names])
+            module = copy.deepcopy(Logits(self.model))
+            module.model.set_attn_implementation("eager")  # forward-mode derivatives do not go through fused kernels
+            return Problem(module, theta, loss, self.on_device(self.examples(train)))
+        finally:
+            for name, value in own.items():
+                value.requires_grad_(held[name])
+
+    def on_device(self, examples: Examples) -> Examples:
+        return Examples(examples.inputs.to(self.device), examples.targets.to(self.device))
+
+    def attributable(self, parameters: Sequence[str] = ("*weight",)) -> set[str]:
+        """Parameters of attention and MLP layers that fit the patterns. ValueError where none does."""
+        output = self.model.get_output_embeddings()
+        layers = {name: layer for name, layer in linear_layers(self.model).items() if layer is not output}
+        known = [f"{name}.{kind}" for name, layer in layers.items() for kind in own_parameters(layer)]
+        found = {name for name in known if any(fnmatch.fnmatchcase(name, pattern) for pattern in parameters)}
+        if not found:
+            some = ", ".join(known[:8])
+            raise ValueError(f"no parameter of a linear layer is called {tuple(parameters)}; there are {some}, ...")
+        return found
+
+    def with_parameters(self, problem: Problem, theta: Tensor) -> "LanguageModel":
+        """A copy of this model with theta (p,) of a `problem` of it in place."""
+        model = copy.deepcopy(self.model)
+        own = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, value in problem.unravel(theta).items():
+                own[name.removeprefix("model.")].copy_(value)
+        return replace(self, model=model)
+
+
+class Logits(nn.Module):
+    """A causal language model as a function of tokens alone: (n, T) int64 -> (n, T, V).
+
+    Rows padded on the right need no mask: what follows a position does not reach it.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.model(input_ids=tokens, use_cache=False).logits
+
+
+def cut_left(before: list[int], response: list[int], window: int | None, name: str) -> tuple[list[int], int]:
+    """The last tokens of `before` that fit the window with the response, and how many were cut.
+
+    Raises ValueError for a response that leaves no token to predict its first one from.
+    """
+    if window is None or len(before) + len(response) <= window:
+        return before, 0
+    room = window - len(response)
+    if room < 1:
+        raise ValueError(f"{name} has {len(response)} tokens, which do not fit the model's window of {window}")
+    return before[-room:], len(before) - room
+
+
+def batches_of(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Rows of similar length, batched so that rows times the longest stay within a budget of tokens (or one row)."""
+    batches: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= budget:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
+
+
+def _reduction(name: str) -> str:
+    if name not in REDUCTIONS:
+        raise ValueError(f"unknown reduction {name!r}, expected one of {sorted(REDUCTIONS)}")
+    return name
