@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
-from scipy.stats import rankdata
 
 from tda_core.plots import GREY, PALETTE, Labels, interval_ends
 
@@ -14,21 +13,23 @@ def rank_density(x: np.ndarray, y: np.ndarray, labels: Labels) -> Figure:
     """Where examples lie by their rank in x and in y, each in per cent from lowest to highest, as shaded hexagons.
 
     Shades say how many times as many examples a hexagon holds as it would if the two ranks had nothing to do with
-    each other (1 everywhere). The dashed line is equal rank. Raises ValueError for unequal lengths.
+    each other (1 everywhere). The dashed line is equal rank. Ties are broken at random, else scores with few values
+    would draw stripes. Raises ValueError for unequal lengths.
     """
     if len(x) != len(y):
         raise ValueError(f"x and y must have one value each an example, got {len(x)} and {len(y)}")
-    across, up = (100 * (rankdata(side) - 0.5) / len(side) for side in (x, y))
-    figure, axis = plt.subplots(figsize=(7.6, 6.4))
-    drawn = axis.hexbin(across, up, gridsize=30, extent=(0, 100, 0, 100), cmap="Blues", mincnt=1, linewidths=0.2)
-    inner = drawn.get_array()
-    whole = len(x) * 2 / (3**0.5) / 30**2 * (3**0.5) / 2  # a hexagon's share of the square, were all alike
-    drawn.set_array(inner / whole)
-    drawn.set_clim(0, np.percentile(inner / whole, 99))
+    rng = np.random.default_rng(0)
+    across, up = (_percent(side, rng) for side in (x, y))
+    figure, axis = plt.subplots(figsize=(8, 6.4))
+    shape = (30, 17)  # regular hexagons: two such lattices, half a step apart
+    drawn = axis.hexbin(across, up, gridsize=shape, extent=(0, 100, 0, 100), cmap="Blues", linewidths=0.2)
+    times = np.asarray(drawn.get_array()) / (len(x) / (2 * shape[0] * shape[1]))
+    drawn.set_array(times)
+    drawn.set_clim(0, np.percentile(times, 99))
     axis.plot([0, 100], [0, 100], ls="--", color=GREY, lw=1.5)
-    figure.colorbar(drawn, ax=axis, extend="max", label="density (1: as by chance)")
+    figure.colorbar(drawn, ax=axis, extend="max", label="examples (1: as many as by chance)")
     axis.set(xlim=(0, 100), ylim=(0, 100), aspect="equal", xlabel=labels.x, ylabel=labels.y)
-    axis.set_title(labels.title, loc="left")
+    axis.set_title(labels.title)
     axis.grid(False)
     return figure
 
@@ -52,8 +53,14 @@ def overlap_bars(values: Mapping[str, Sequence], groups: Sequence[str], labels: 
             axis.annotate(f"{height:.0%}", (x, top), (0, 3), textcoords="offset points", ha="center", fontsize=13)
     axis.set_xticks(places, groups)
     axis.set(xlabel=labels.x, ylabel=labels.y)
-    axis.set_title(labels.title, loc="left")
+    axis.set_title(labels.title)
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axis.grid(axis="x", visible=False)
     axis.legend()
     return figure
+
+
+def _percent(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    ranks = np.empty(len(values))
+    ranks[np.lexsort((rng.random(len(values)), values))] = np.arange(len(values))
+    return 100 * (ranks + 0.5) / len(values)

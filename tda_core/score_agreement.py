@@ -15,7 +15,10 @@ from tda_core.ranks import check_positive, resample_counts
 
 @dataclass(frozen=True)
 class Overlap:
-    """count: examples in the bin. overlap: the share of them in the other score's bin of that size; chance: count / n."""
+    """count: examples in the bin. overlap: the share of them in the other score's bin of that size.
+
+    chance: count / n, the overlap of scores that have nothing to do with each other.
+    """
 
     count: int
     overlap: Estimate
@@ -37,7 +40,9 @@ def bin_overlap(
     inside = scores > threshold if above else scores <= threshold
     count = int(inside.sum())
     if not 0 < count < len(scores):
-        raise ValueError(f"the bin at threshold {threshold} holds {count} of {len(scores)} examples: nothing to compare")
+        raise ValueError(
+            f"the bin at threshold {threshold} holds {count} of {len(scores)} examples: nothing to compare"
+        )
     order = np.argsort(-other if above else other, kind="stable")
     ends = np.append(np.flatnonzero(np.diff(other[order])), len(order) - 1)  # the last place of each run of ties
     inside = inside[order].astype(np.float64)
