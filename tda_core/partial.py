@@ -50,6 +50,21 @@ def spearman_estimate(
     return bootstrap(spearman(x, y, given=given), replicates, len(x), n_bootstrap=n_bootstrap, seed=seed)
 
 
+def pearson_estimate(x: Array, y: Array, *, n_bootstrap: int = 200, seed: int = 0) -> Estimate:
+    """Pearson correlation of x and y (n,), with the 95% interval of a bootstrap over examples."""
+    x, y, _ = _checked(x, y, None)
+    if x.std() == 0 or y.std() == 0:
+        raise ValueError("a side is constant: Pearson's correlation is not defined")
+    x, y = ((side - side.mean()) / side.std() for side in (x, y))
+    products = np.stack([x, y, x * x, y * y, x * y]) / len(x)
+
+    def replicates(counts: np.ndarray) -> np.ndarray:
+        mx, my, xx, yy, xy = products @ counts
+        return (xy - mx * my) / np.sqrt((xx - mx**2) * (yy - my**2))
+
+    return bootstrap(float(x @ y / len(x)), replicates, len(x), n_bootstrap=n_bootstrap, seed=seed)
+
+
 def bootstrap(
     value: float, replicates: Callable[[np.ndarray], np.ndarray], n: int, *, n_bootstrap: int, seed: int
 ) -> Estimate:

@@ -71,6 +71,12 @@ def agreement_over_tasks(scores: np.ndarray, table: np.ndarray, *, n_bootstrap: 
     return Estimate(value, min(low, value), max(high, value), len(table))
 
 
+def spearman_per_task(scores: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Spearman correlation of scores with each row of the table: (m,)."""
+    scores, table = _checked(scores, table)
+    return np.array([spearman(scores, row) for row in table])
+
+
 def agreement_by_task_size(
     scores: np.ndarray, table: np.ndarray, sizes: Sequence[int], *, n_draws: int = 50, seed: int = 0
 ) -> dict[int, Estimate]:

@@ -7,13 +7,14 @@ from hypothesis import strategies as st
 from scipy.stats import multivariate_normal, pearsonr, rankdata, spearmanr
 
 from tda_core.agreement_plots import overlap_bars, rank_density
-from tda_core.partial import spearman, spearman_estimate
+from tda_core.partial import pearson_estimate, spearman, spearman_estimate
 from tda_core.plots import Labels
 from tda_core.score_agreement import (
     agreement_by_task_size,
     agreement_over_tasks,
     bin_overlap,
     kuder_richardson,
+    spearman_per_task,
     task_reliability,
     variance_shares,
 )
@@ -107,6 +108,16 @@ def test_an_interval_takes_one_confounder():
         spearman_estimate(X, Y, n_bootstrap=0)
 
 
+def test_pearson_is_scipys_with_an_interval_like_fishers():
+    found = pearson_estimate(X, Y, n_bootstrap=1000)
+    r = pearsonr(X, Y)
+    low, high = r.confidence_interval(0.95)
+    assert found.value == pytest.approx(r.statistic, abs=1e-12)
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.03)
+    with pytest.raises(ValueError, match="a side is constant"):
+        pearson_estimate(np.ones(5), np.arange(5))
+
+
 # Bins
 
 
@@ -160,6 +171,7 @@ def test_agreement_by_task_size():
     truth, table = table_of(3)
     found = agreement_by_task_size(truth, table, [1, 4, 10], n_draws=20)
     each = [spearmanr(truth, row).statistic for row in table]
+    assert spearman_per_task(truth, table) == pytest.approx(each)
     assert found[1].value == pytest.approx(np.mean(each)) and found[1].n == 10
     assert (
         found[10].value == found[10].low == found[10].high == pytest.approx(spearmanr(truth, table.mean(0)).statistic)
