@@ -5,14 +5,15 @@ from collections.abc import Mapping, Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 from tda_core.plots import GREY, PALETTE, Labels, interval_ends
 
 
-def rank_density(x: np.ndarray, y: np.ndarray, labels: Labels) -> Figure:
-    """Where examples lie by their rank in x and in y, each in per cent from lowest to highest, as shaded hexagons.
+def rank_density(x: np.ndarray, y: np.ndarray, labels: Labels, *, bins: int = 40) -> Figure:
+    """Where examples lie by their rank in x and in y, each in per cent from lowest to highest, as shaded squares.
 
-    Shades say how many times as many examples a hexagon holds as it would if the two ranks had nothing to do with
+    Shades say how many times as many examples a square holds as it would if the two ranks had nothing to do with
     each other (1 everywhere). The dashed line is equal rank. Ties are broken at random, else scores with few values
     would draw stripes. Raises ValueError for unequal lengths.
     """
@@ -20,12 +21,10 @@ def rank_density(x: np.ndarray, y: np.ndarray, labels: Labels) -> Figure:
         raise ValueError(f"x and y must have one value each an example, got {len(x)} and {len(y)}")
     rng = np.random.default_rng(0)
     across, up = (_percent(side, rng) for side in (x, y))
+    counts, edges, _ = np.histogram2d(across, up, bins=bins, range=((0, 100), (0, 100)))
+    times = counts.T * bins**2 / len(x)
     figure, axis = plt.subplots(figsize=(8, 6.4))
-    shape = (30, 17)  # regular hexagons: two such lattices, half a step apart
-    drawn = axis.hexbin(across, up, gridsize=shape, extent=(0, 100, 0, 100), cmap="Blues", linewidths=0.2)
-    times = np.asarray(drawn.get_array()) / (len(x) / (2 * shape[0] * shape[1]))
-    drawn.set_array(times)
-    drawn.set_clim(0, np.percentile(times, 99))
+    drawn = axis.pcolormesh(edges, edges, times, cmap="Blues", vmin=0, vmax=np.percentile(times, 99), rasterized=True)
     axis.plot([0, 100], [0, 100], ls="--", color=GREY, lw=1.5)
     figure.colorbar(drawn, ax=axis, extend="max", label="examples (1: as many as by chance)")
     axis.set(xlim=(0, 100), ylim=(0, 100), aspect="equal", xlabel=labels.x, ylabel=labels.y)
@@ -34,29 +33,39 @@ def rank_density(x: np.ndarray, y: np.ndarray, labels: Labels) -> Figure:
     return figure
 
 
-def overlap_bars(values: Mapping[str, Sequence], groups: Sequence[str], labels: Labels) -> Figure:
-    """Grouped bars with 95% whiskers. values: name -> one number or Estimate a group, in the order of `groups`."""
-    figure, axis = plt.subplots(figsize=(9.5, 5.2))
-    width, places = 0.8 / len(values), np.arange(len(groups))
+def estimate_bars(
+    values: Mapping[str, Sequence], groups: Sequence[str], labels: Labels, *, percent: bool = False
+) -> Figure:
+    """Bars in groups, with 95% whiskers and their values above them.
+
+    values: name -> one Estimate or number a group, in the order of `groups`; a series named "chance" is grey.
+    Raises ValueError for no series, and for one that has not a value for each group.
+    """
+    if not values:
+        raise ValueError("there are no series to draw")
+    figure, axis = plt.subplots(figsize=(1.5 + 0.9 * len(groups) * len(values), 5.4))
+    width, places = 0.84 / len(values), np.arange(len(groups))
     for k, (name, row) in enumerate(values.items()):
         if len(row) != len(groups):
             raise ValueError(f"{name} has {len(row)} values for {len(groups)} groups")
         at = places + (k - (len(values) - 1) / 2) * width
-        heights = np.array([getattr(value, "value", value) for value in row])
-        colour = "#bdbdbd" if name == "chance" else PALETTE[k]
+        heights = np.array([getattr(value, "value", value) for value in row], dtype=float)
+        colour = "#bdbdbd" if name == "chance" else PALETTE[k % len(PALETTE)]
         axis.bar(at, heights, width * 0.94, color=colour, label=name)
-        ends = np.array([interval_ends(v) if hasattr(v, "low") else (h, h) for v, h in zip(row, heights, strict=True)])
-        if (ends[:, 0] < ends[:, 1]).any():
-            errors = np.maximum(0, [heights - ends[:, 0], ends[:, 1] - heights])
-            axis.errorbar(at, heights, yerr=errors, fmt="none", ecolor="black", lw=1.5, capsize=3)
-        for x, height, top in zip(at, heights, ends[:, 1], strict=True):
-            axis.annotate(f"{height:.0%}", (x, top), (0, 3), textcoords="offset points", ha="center", fontsize=13)
+        for x, height, value in zip(at, heights, row, strict=True):
+            low, high = interval_ends(value) if hasattr(value, "low") else (height, height)
+            if low < high:
+                axis.plot([x, x], [low, high], color="black", linewidth=2, solid_capstyle="butt")
+            text = f"{height:.{0 if height >= 0.095 else 1}%}" if percent else f"{height:.2f}"
+            axis.annotate(text, (x, max(high, 0)), (0, 3), textcoords="offset points", ha="center", fontsize=13)
+    if percent:
+        axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axis.axhline(0, color="black", linewidth=1)
     axis.set_xticks(places, groups)
     axis.set(xlabel=labels.x, ylabel=labels.y)
     axis.set_title(labels.title)
-    axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axis.grid(axis="x", visible=False)
-    axis.legend()
+    axis.grid(False, axis="x")
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.24), ncols=2)
     return figure
 
 
