@@ -10,6 +10,9 @@ examples, so small runs are nested in bigger ones and no example ever changes pa
 | mnist      | 10 classes, 28 x 28 pixels |  5000 |        500 |  500 | image    |
 | parkinsons | regression, 19 features    |  4167 |        863 |  845 | subject  |
 
+`is_available` and `where_to_put` also know `icp_released`, the scores that the ICP paper released, which are no
+examples to train on and have a loader of their own, `tda_core.data.released.load_released`.
+
 This module imports neither torch nor scikit-learn, so that `is_available` costs nothing.
 """
 
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
 
     from tda_core.examples import Examples
 
-__all__ = ["DATASETS", "DataUnavailable", "Dataset", "is_available", "load_dataset", "where_to_put"]
+__all__ = ["DATASETS", "RELEASED", "DataUnavailable", "Dataset", "is_available", "load_dataset", "where_to_put"]
 
 PARTS = ("train", "validation", "test")
 _OSSCI = "https://ossci-datasets.s3.amazonaws.com/mnist/"
@@ -90,6 +93,37 @@ DATASETS: dict[str, Source] = {
     "parkinsons": Source(_parkinsons, (DataFile("parkinsons", "parkinsons_updrs.data", _TABLE, _UCI_COPY),)),
 }
 
+# The scores of the ICP paper, Jiao et al. 2024, https://arxiv.org/abs/2407.12259. The repository has no licence file:
+# its data are read where they lie, and never copied into this project.
+_ICP = "https://raw.githubusercontent.com/cxcscmu/InContextDataAttribution/87a5da6fa1e092e1d1500ed94f1cbc57e03bfe59/"
+_ICP_IP = (
+    "4d5583ea8726b51d40bd8417f1f8bc7d3875afaca978cdfc35a321489dd00b06",
+    "a9517ba1bdc9380890a52764445bc0c7acee0f410aca8f14a3246df196b87d9c",
+    "c505e4940378a4a6e547ed597c728fde8d35340c1f025e030a67fc87e7a1af06",
+    "199740bf4fa3f7a3d60e0a30a5a729f9045c053b6484cff42486faac334a8e75",
+    "6336125ddd7a181472eb9ea2326534478a88b2117cac14f1868ef740a2e36126",
+    "8d51132d81c73199b0edebca72be7ae7ba21902bbd71c2731dc950d5a17b8d34",
+    "61d7ddd9e29f59ba510b2a10f82786789dc02c63463f772cb3e51745a7cf38d0",
+    "e8e7d677db1c4059cc4a5a5aa379b2bbd990f4721ac07ae8d00843244762adb6",
+    "fbc50829dbe55cf73bf141e430c25642b7eabf6fac8c8521816e43aa6e0710f9",
+)
+_ICP_SCORES = "d7140239a009ff4e9469ba41ea5c59bca46be5ab377cc80418a60a93e13a7319"
+_ICP_PROMPTS = "72c769baff5da66d40c5f82bae51999d10202b59ebbdf333e9388fd6bd76026e"
+_ICP_LOW = "5b20e3a452b29244b6acbc99c5c2adc68acc9dff94def9561f41ccf68a9c1c80"
+_ICP_HIGH = "800b858c025c134d48b01f758073b84aed295e7a3a12227097a38a062835fc37"
+RELEASED: dict[str, tuple[DataFile, ...]] = {
+    "icp_released": (
+        DataFile("icp_released", "icp_scores.json", _ICP_SCORES, _ICP + "data/scores/"),
+        DataFile("icp_released", "kmeans100.txt", _ICP_PROMPTS, _ICP + "data/prompts/"),
+        DataFile("icp_released", "finetune-icp-le-0.5.json", _ICP_LOW, _ICP + "data/finetune/", "icp%3C%3D0.5.json"),
+        DataFile("icp_released", "finetune-icp-gt-0.9.json", _ICP_HIGH, _ICP + "data/finetune/", "icp%3E0.9.json"),
+        *(
+            DataFile("icp_released", f"infl_ip-{i}-of-9.pt", sha256, _ICP + "data/scores/")
+            for i, sha256 in enumerate(_ICP_IP, 1)
+        ),
+    )
+}
+
 
 def load_dataset(
     name: str, *, n_train: int | None = None, n_validation: int | None = None, n_test: int | None = None
@@ -116,15 +150,21 @@ def load_dataset(
 
 def is_available(name: str) -> bool:
     """Whether `name` can be loaded without a download (files are looked for, not read)."""
-    return all(find(file) for file in _source(name).files)
+    return all(find(file) for file in _files(name))
 
 
 def where_to_put(name: str) -> str:
     """One line a file: where it belongs, its checksum and its source ('' for embedded data)."""
-    return "\n".join(file.where_to_put() for file in _source(name).files)
+    return "\n".join(file.where_to_put() for file in _files(name))
+
+
+def _files(name: str) -> tuple[DataFile, ...]:
+    return RELEASED[name] if name in RELEASED else _source(name).files
 
 
 def _source(name: str) -> Source:
+    if name in RELEASED:
+        raise ValueError(f"{name} holds scores, not examples: load it with tda_core.data.released.load_released()")
     if name not in DATASETS:
-        raise ValueError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}")
+        raise ValueError(f"unknown data set {name!r}; known: {', '.join([*DATASETS, *RELEASED])}")
     return DATASETS[name]

@@ -15,16 +15,20 @@ class DataUnavailable(RuntimeError):
 
 @dataclass(frozen=True)
 class DataFile:
-    """One file of a data set: `<folder>/<name>` below a data folder, its SHA-256 and the URL of its source folder."""
+    """One file of a data set: `<folder>/<name>` below a data folder, its SHA-256 and the URL of its source folder.
+
+    remote: the file's name at its source, quoted for a URL, where that is not `name`.
+    """
 
     folder: str
     name: str
     sha256: str
     source: str
+    remote: str = ""
 
     @property
     def url(self) -> str:
-        return self.source + self.name
+        return self.source + (self.remote or self.name)
 
     def where_to_put(self) -> str:
         """Where the file belongs, what it must be, and where it comes from."""
