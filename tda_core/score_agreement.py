@@ -154,6 +154,22 @@ def variance_shares(table: np.ndarray) -> dict[str, float]:
     return {"pool": float(pool), "task": float(task), "interaction": float(max(0.0, 1 - pool - task))}
 
 
+def crossed_estimate(table: np.ndarray, *, n_bootstrap: int = 1000, seed: int = 0) -> Estimate:
+    """Mean of one value a model and a task (m, t); the 95% interval resamples models and tasks, each by itself.
+
+    Both are draws of larger populations, and values of one model or of one task go together: to resample the m t
+    values alone would make the interval too narrow.
+    """
+    table = as_array(table, "table", 2)
+    check_positive("n_bootstrap", n_bootstrap)
+    rng = np.random.default_rng(seed)
+    models, tasks = (resample_counts(n, n_bootstrap, rng) for n in table.shape)
+    means = np.einsum("ib,ij,jb->b", models, table, tasks) / table.size
+    low, high = percentile_interval(means)
+    value = float(table.mean())
+    return Estimate(value, min(low, value), max(high, value), table.size)
+
+
 def _checked(scores: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     scores, table = as_array(scores, "scores", 1), as_array(table, "table", 2)
     if table.shape[1] != len(scores):

@@ -13,6 +13,7 @@ from tda_core.score_agreement import (
     agreement_by_task_size,
     agreement_over_tasks,
     bin_overlap,
+    crossed_estimate,
     kuder_richardson,
     spearman_per_task,
     task_reliability,
@@ -251,3 +252,21 @@ def test_bars_show_values_and_whiskers():
     assert heights == [overlap.overlap.value, overlap.chance]
     with pytest.raises(ValueError, match="overlap has 1 values for 2 groups"):
         estimate_bars({"overlap": [1]}, ["a", "b"], Labels("bin"))
+
+
+def test_intervals_of_models_and_tasks_resample_both():
+    rng = np.random.default_rng(3)
+    table = rng.normal(size=(4, 6))
+    found = crossed_estimate(table, n_bootstrap=4000, seed=1)
+    drawn = []
+    for _ in range(4000):
+        rows, columns = rng.integers(4, size=4), rng.integers(6, size=6)
+        drawn.append(table[rows][:, columns].mean())
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    assert found.value == pytest.approx(table.mean()) and found.n == 24
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.08)
+    by_model = np.repeat(np.arange(4.0)[:, None], 6, 1)  # six tasks tell nothing more than one
+    wide, narrow = crossed_estimate(by_model), crossed_estimate(by_model.reshape(24, 1))
+    assert wide.high - wide.low > 1.5 * (narrow.high - narrow.low)
+    with pytest.raises(ValueError, match="table must be a non-empty array with 2 dimensions"):
+        crossed_estimate(np.ones(3))
