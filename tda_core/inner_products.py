@@ -41,16 +41,20 @@ class GradientProducts:
     """Inner products of one model's gradients, kind by kind, with what its training set has to be passed over for.
 
     damping: of "damped" alone, in units of the mean squared norm of a training gradient over n, which is the mean
-    eigenvalue of G'G / n among the n directions that it spans. Raises ValueError for a damping that is not positive.
+    eigenvalue of G'G / n among the n directions that it spans. unit: what gradients are multiplied with before the
+    clamp of the released rules, whose order depends on it: a logarithm changes its sign where s_k passes 1. Raises
+    ValueError for a damping or a unit that is not positive.
     """
 
     problem: Problem
     damping: float = 0.1
+    unit: float = 1.0
     chunk_size: int = 64
 
     def __post_init__(self) -> None:
-        if not (self.damping > 0 and self.damping < float("inf")):
-            raise ValueError(f"damping must be positive and finite, got {self.damping}")
+        for name in ("damping", "unit"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
 
     def scores(self, queries: Examples, kind: str = "dot") -> Tensor:
         """Scores (n_query, n_train) of one kind, positive for proponents; the logarithms may be negative anywhere."""
@@ -75,7 +79,9 @@ class GradientProducts:
 
     def _products(self, kind: str, goals: Tensor, part: Tensor) -> Tensor:
         if kind.startswith("released"):
-            return sum(_logarithm(s, kind) for s in self._by_tensor(_clamped(goals), _clamped(part)))
+            return sum(
+                _logarithm(s, kind) for s in self._by_tensor(_clamped(self.unit * goals), _clamped(self.unit * part))
+            )
         if kind in ("adam_dot", "less"):
             part = part / (self.second_moment.sqrt() + EPSILON)
         products = goals @ part.T
@@ -129,7 +135,7 @@ class GradientProducts:
 
     def save(self, path: Path | str) -> None:
         """Write the settings, the hashes of model and data, and Adam's second moment to one file."""
-        settings = {"damping": self.damping, "chunk_size": self.chunk_size}
+        settings = {name: getattr(self, name) for name in ("damping", "unit", "chunk_size")}
         metadata = {"gradient_products": settings, "made_for": self.problem.identity}
         save_tensors(Path(path), {"second_moment": self.second_moment}, metadata)
 

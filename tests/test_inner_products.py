@@ -64,6 +64,14 @@ def test_each_kind_is_its_formula(kind, monkeypatch):
         torch.testing.assert_close(found.double(), expected(kind, 0.3), rtol=2e-3, atol=2e-4)
 
 
+def test_the_unit_of_a_loss_decides_the_released_order():
+    scaled = Problem(PROBLEM.module, PROBLEM.theta, lambda out, y: 100 * PROBLEM.loss(out, y), PROBLEM.train)
+    for kind in ("released_log", "released_signed_log"):
+        by_unit = GradientProducts(PROBLEM, unit=100.0).scores(QUERIES, kind)
+        torch.testing.assert_close(by_unit, GradientProducts(scaled).scores(QUERIES, kind), rtol=1e-3, atol=1e-3)
+        assert not torch.equal(by_unit.argsort(1), GradientProducts(PROBLEM).scores(QUERIES, kind).argsort(1))
+
+
 def test_all_kinds_at_once_are_each_alone():
     products = GradientProducts(PROBLEM)
     together = products.all_scores(QUERIES)
@@ -108,6 +116,8 @@ def test_what_is_saved_is_loaded(tmp_path):
 def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="damping must be positive and finite, got 0"):
         GradientProducts(PROBLEM, damping=0)
+    with pytest.raises(ValueError, match="unit must be positive and finite, got nan"):
+        GradientProducts(PROBLEM, unit=math.nan)
     with pytest.raises(ValueError, match="unknown kind 'trak', expected one of"):
         GradientProducts(PROBLEM).scores(QUERIES, "trak")
     for rate in (0.0, -1.0, math.nan):
