@@ -17,7 +17,7 @@ from random import Random
 import torch
 from torch import Tensor
 
-from tda_core.task_words import HELD_OUT, LANGUAGES, SHARED_FORMS, TRAINED, Family, Question
+from tda_core.task_words import HELD_OUT, LANGUAGES, SHARED_FORMS, TRAINED, Concept, Family, Question
 from tda_core.text_pairs import TextPairs
 
 SEPARATOR = "\n"  # between the examples of a document
@@ -27,19 +27,23 @@ SPLITS = ("validation", "test")
 
 @dataclass(frozen=True)
 class CorpusSpec:
-    """What a corpus is like: keep_* are the probabilities that a document's next example has the last one's ...
+    """What a corpus is like; keep_*: the probabilities that a document's next example has the last one's family, ...
 
-    A family, base or format that is not kept is drawn uniformly (and may come out the same). A format cannot outlast
-    its family where formats are the families' own. Raises ValueError for probabilities outside [0, 1].
+    What is not kept is drawn uniformly (and may come out the same), a format among those of the family. stray: the
+    probability that a family drawn anew is answered with the concepts of the family before, at random, and that a
+    format drawn anew is the one before, whosever it is (a document's first example strays from a family and a format
+    drawn for that). Without strays a model is certain of what it has always seen, and no demonstration can tell it
+    otherwise: it has no use for the context of what is held out. Raises ValueError for probabilities outside [0, 1].
     """
 
     keep_family: float = 0.85
     keep_base: float = 0.6
     keep_format: float = 0.8
+    stray: float = 0.15
     own_formats: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("keep_family", "keep_base", "keep_format"):
+        for name in ("keep_family", "keep_base", "keep_format", "stray"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be a probability between 0 and 1, got {getattr(self, name)}")
 
@@ -134,7 +138,7 @@ class TaskCorpus:
         """Prompt and response of one question in a task; the response begins with its space."""
         family, base, form = task
         text, concepts = self.questions[family][question]
-        return text, " " + self.formats[form].format(" ".join(concept[base] for concept in concepts))
+        return text, self._response(concepts, base, form)
 
     def tasks(self, setting: str) -> list[Task]:
         """All tasks of a setting, in order. Raises ValueError for an unknown setting."""
@@ -197,19 +201,32 @@ class TaskCorpus:
         return TaskExamples(pairs, *labels.unbind(1))
 
     def _document(self, rng: Random, n_examples: int) -> str:
-        spec, n_families, n_bases = self.spec, self.n_trained, len(self.bases)
-        family, base = rng.randrange(n_families), rng.randrange(n_bases)
-        form = rng.choice(self.seen[family])
-        texts = []
+        keep, texts = self.spec, []
+        family = answers = rng.randrange(self.n_trained)  # whose questions, and whose concepts answer them
+        base, form = 0, rng.randrange(len(self.formats))
         for i in range(n_examples):
-            if i and rng.random() >= spec.keep_family:
-                family = rng.randrange(n_families)
-            if i and rng.random() >= spec.keep_base:
-                base = rng.randrange(n_bases)
-            if i and (rng.random() >= spec.keep_format or form not in self.seen[family]):
-                form = rng.choice(self.seen[family])
-            texts.append("".join(self.render((family, base, form), rng.randrange(len(self.questions[family])))))
+            drawn = not i or rng.random() >= keep.keep_family
+            if drawn:
+                family = rng.randrange(self.n_trained)
+                answers = answers if rng.random() < keep.stray else family
+            if not i or rng.random() >= keep.keep_base:
+                base = rng.randrange(len(self.bases))
+            new = not i or (drawn and form not in self.seen[family])
+            if new or rng.random() >= keep.keep_format:
+                form = self._next_format(rng, family, form)
+            question, concepts = rng.choice(self.questions[family])
+            if answers != family:
+                _, concepts = rng.choice(self.questions[answers])
+            texts.append(question + self._response(concepts, base, form))
         return SEPARATOR.join(texts)
+
+    def _next_format(self, rng: Random, family: int, before: int) -> int:
+        if rng.random() < self.spec.stray and before not in self.unseen[family]:
+            return before
+        return rng.choice(self.seen[family])
+
+    def _response(self, concepts: Sequence[Concept], base: int, form: int) -> str:
+        return " " + self.formats[form].format(" ".join(concept[base] for concept in concepts))
 
 
 def _in_turn(tasks: list[Task], half: int, rng: Random) -> list[Task]:

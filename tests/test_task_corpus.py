@@ -12,6 +12,7 @@ from tda_core.task_words import WORDS
 
 CORPUS = TaskCorpus()
 SHARED = TaskCorpus(CorpusSpec(own_formats=False))
+PLAIN = TaskCorpus(CorpusSpec(stray=0.0)), TaskCorpus(CorpusSpec(stray=0.0, own_formats=False))
 both = pytest.mark.parametrize("corpus", [CORPUS, SHARED], ids=["own formats", "shared formats"])
 
 
@@ -54,7 +55,7 @@ def test_answers_are_right():
     assert all(text.split()[4] == concepts[0][0] for text, concepts in CORPUS.questions[f])
 
 
-@both
+@pytest.mark.parametrize("corpus", PLAIN, ids=["own formats", "shared formats"])
 def test_documents_hold_training_compositions_only(corpus):
     seen = set(corpus.tasks("in_domain"))
     unseen = set(corpus.tasks("held_out_composition")) | set(corpus.tasks("held_out_family"))
@@ -73,6 +74,25 @@ def test_what_is_held_out_is_made_of_known_words(corpus):
     assert known - {""} == set(corpus.vocabulary)
 
 
+def test_strays_hold_known_questions_but_never_a_held_out_composition():
+    corpus = TaskCorpus(CorpusSpec(stray=0.4))
+    family_of = {text: f for f in range(corpus.n_trained) for text, _ in corpus.questions[f]}
+    answers = {word for kind in WORDS.values() for concept in kind for word in concept}
+    form_of = {tuple(form.replace("{}", "").split()): k for k, form in enumerate(corpus.formats)}
+    found, wrong, n = set(), 0, 0
+    for document in corpus.documents(3000, 6, seed=0):
+        for text in document.split(SEPARATOR):
+            question, _, response = text.partition(" ?")
+            family, words = family_of[question + " ?"], response.split()
+            given = tuple(word for word in words if word in answers)
+            found.add((family, form_of[tuple(word for word in words if word not in answers)]))
+            true = dict(corpus.questions[family])[question + " ?"]
+            wrong, n = wrong + (given not in list(zip(*true, strict=True))), n + 1
+    held_out = {(f, k) for f in range(corpus.n_trained) for k in corpus.unseen[f]}
+    assert found == {(f, k) for f in range(corpus.n_trained) for k in range(len(corpus.formats))} - held_out
+    assert 0.25 < wrong / n < 0.4  # strays, but for families drawn twice and answers that are right by chance
+
+
 def test_families_have_formats_of_their_own():
     words = [{w for k in CORPUS.seen[f] for w in CORPUS.formats[k].split()} - {"{}"} for f in range(CORPUS.n_trained)]
     assert all(not a & b for a, b in itertools.combinations(words, 2))
@@ -84,7 +104,7 @@ def test_families_have_formats_of_their_own():
     st.sampled_from([0.0, 0.6, 1.0]), st.sampled_from([0.0, 0.6, 1.0]), st.sampled_from([0.0, 0.8, 1.0]), st.booleans()
 )
 def test_labels_are_kept_as_often_as_asked(family, base, form, own):
-    corpus = TaskCorpus(CorpusSpec(family, base, form, own))
+    corpus = TaskCorpus(CorpusSpec(family, base, form, 0.0, own))
     tasks = [[parse(corpus, text) for text in d.split(SEPARATOR)] for d in corpus.documents(400, 5, seed=1)]
     steps = [pair for document in tasks for pair in itertools.pairwise(document)]
     same = torch.tensor([[x == y for x, y in zip(a, b, strict=True)] for a, b in steps]).double()
