@@ -13,7 +13,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from tda_core.files import TEMPORARY, source_fingerprint
+from tda_core.files import TEMPORARY, atomic_write, source_fingerprint
 from tda_core.store import canonical, fingerprint
-from tda_core.task_corpus import TaskCorpus
+from tda_core.task_corpus import CorpusSpec, TaskCorpus
 from tda_core.threads import one_thread
 
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
+INDEX = "models.json"  # which checkpoints a folder holds, and of which corpus
 NOTES = "training.json"  # beside the checkpoint: what it was trained with and how it went
 ARCHITECTURES = ("llama", "gpt2")
 BLOCK = 400  # documents made at a time
@@ -48,8 +49,8 @@ SHORTEST = 5  # words of an example with its separator
 class SmallLM:
     """How a model is made: a shape, and a training run of AdamW with linear warm-up and cosine decay.
 
-    length: tokens of a training row. learning_rate: the highest. Raises ValueError for an unknown architecture, sizes
-    below 1, and rates that are not finite and positive.
+    length: tokens of a training row, and the most that the model takes. learning_rate: the highest. Raises ValueError
+    for an unknown architecture, sizes below 1, and rates that are not finite and positive.
     """
 
     architecture: str = "llama"
@@ -73,21 +74,16 @@ class SmallLM:
         if self.width % (2 * self.heads):
             raise ValueError(f"width must be an even multiple of heads = {self.heads}, got {self.width}")
 
-    @property
-    def longest(self) -> int:
-        """The most tokens that the model takes: four rows."""
-        return 4 * self.length
-
     def untrained(self, n_tokens: int, *, seed: int) -> PreTrainedModel:
         """The model at its initialisation, on the CPU in float32."""
         shape = {"vocab_size": n_tokens, "tie_word_embeddings": True}
         shape |= {f"{name[:3]}_token_id": i for i, name in enumerate(SPECIAL) if name != "unk_token"}
         if self.architecture == "llama":
             sizes = {"num_hidden_layers": self.layers, "num_attention_heads": self.heads, "hidden_size": self.width}
-            wide = {"intermediate_size": 3 * self.width, "max_position_embeddings": self.longest}
+            wide = {"intermediate_size": 3 * self.width, "max_position_embeddings": self.length}
             config = LlamaConfig(**shape, **sizes, **wide)
         else:
-            sizes = {"n_layer": self.layers, "n_head": self.heads, "n_embd": self.width, "n_positions": self.longest}
+            sizes = {"n_layer": self.layers, "n_head": self.heads, "n_embd": self.width, "n_positions": self.length}
             off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
             config = GPT2Config(**shape, **sizes, **off)
         with torch.random.fork_rng(devices=[]):
@@ -150,7 +146,7 @@ def small_lms(
         raise ValueError(f"seeds must be distinct and at least one, got {list(seeds)}")
     params = {"corpus": [corpus.spec, corpus.seed], "recipe": recipe, "code": source_fingerprint([__name__])}
     places = {seed: Path(folder) / f"lm-{seed}-{fingerprint(params | {'seed': seed})}" for seed in seeds}
-    tokenizer = word_tokenizer(corpus.vocabulary, length=recipe.longest)
+    tokenizer = word_tokenizer(corpus.vocabulary, length=recipe.length)
     # made one after another: torch's random state belongs to all threads
     missing = {
         seed: recipe.untrained(len(tokenizer), seed=seed) for seed in seeds if not (places[seed] / NOTES).is_file()
@@ -160,7 +156,19 @@ def small_lms(
         jobs = (joblib.delayed(_train)(corpus, recipe, model, seed, bar) for seed, model in missing.items())
         for seed, notes in zip(missing, joblib.Parallel(len(missing) or 1, backend="threading")(jobs), strict=True):
             _save(places[seed], missing[seed], tokenizer, notes | {"params": canonical(params), "seed": seed})
-    return [_load(places[seed]) for seed in seeds]
+    index = {"spec": asdict(corpus.spec), "seed": corpus.seed, "models": [place.name for place in places.values()]}
+    atomic_write(Path(folder) / INDEX, json.dumps(index, indent=1))
+    return load_lms(folder)[1]
+
+
+def load_lms(folder: str | Path) -> tuple[TaskCorpus, list[TrainedLM]]:
+    """The corpus and the models of the last `small_lms` in a folder. Raises FileNotFoundError where there was none."""
+    path = Path(folder) / INDEX
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: no models were trained in this folder (small_lms writes it)")
+    index = json.loads(path.read_text(encoding="utf-8"))
+    corpus = TaskCorpus(CorpusSpec(**index["spec"]), index["seed"])
+    return corpus, [_load(Path(folder) / name) for name in index["models"]]
 
 
 def _save(place: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, notes: dict[str, Any]) -> None:
@@ -186,7 +194,7 @@ def _load(place: Path) -> TrainedLM:
 def _train(corpus: TaskCorpus, recipe: SmallLM, model: PreTrainedModel, seed: int, bar: tqdm) -> dict[str, Any]:
     """Train a model in place; how it went."""
     started = time.thread_time()
-    tokenizer = word_tokenizer(corpus.vocabulary, length=recipe.longest)  # its own: threads share no tokenizer
+    tokenizer = word_tokenizer(corpus.vocabulary, length=recipe.length)  # its own: threads share no tokenizer
     heldout = next(_batches(corpus, tokenizer, recipe.length, 256, seed="held out"))
     optimiser = torch.optim.AdamW(_groups(model, recipe), lr=recipe.learning_rate, betas=(0.9, 0.98), fused=True)
     curve: dict[str, Any] = {"steps": [], "train_loss": [], "heldout_loss": []}
@@ -230,5 +238,5 @@ def _batches(
     n_examples = -(-length // 5)  # an example and its separator have at least five tokens...
     for block in itertools.count():
         texts = corpus.documents(size * max(1, BLOCK // size), n_examples, seed=f"{seed} {block}")
-        rows = torch.tensor([row[:length] for row in tokenizer(texts)["input_ids"]])
+        rows = torch.tensor(tokenizer(texts, truncation=True, max_length=length)["input_ids"])
         yield from rows.split(size)

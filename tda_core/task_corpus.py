@@ -17,7 +17,7 @@ from random import Random
 import torch
 from torch import Tensor
 
-from tda_core.task_words import HELD_OUT, LANGUAGES, SHARED_FORMS, TRAINED, Concept, Family, Question
+from tda_core.task_words import HELD_OUT, LANGUAGES, OPENINGS, SHARED_FORMS, TRAINED, Concept, Family, Question
 from tda_core.text_pairs import TextPairs
 
 SEPARATOR = "\n"  # between the examples of a document
@@ -37,9 +37,9 @@ class CorpusSpec:
     """
 
     keep_family: float = 0.85
-    keep_base: float = 0.6
-    keep_format: float = 0.8
-    stray: float = 0.15
+    keep_base: float = 0.7
+    keep_format: float = 0.7
+    stray: float = 0.05
     own_formats: bool = True
 
     def __post_init__(self) -> None:
@@ -132,7 +132,7 @@ class TaskCorpus:
         words = {word for form in self.formats for word in form.replace("{}", "").split()}
         for question, concepts in itertools.chain.from_iterable(self.questions):
             words |= {*question.split(), *itertools.chain.from_iterable(concepts)}
-        return (SEPARATOR, *sorted(words))
+        return (SEPARATOR, *OPENINGS, *sorted(words))
 
     def render(self, task: Task, question: int) -> tuple[str, str]:
         """Prompt and response of one question in a task; the response begins with its space."""
@@ -226,7 +226,7 @@ class TaskCorpus:
         return rng.choice(self.seen[family])
 
     def _response(self, concepts: Sequence[Concept], base: int, form: int) -> str:
-        return " " + self.formats[form].format(" ".join(concept[base] for concept in concepts))
+        return f" {OPENINGS[base]} " + self.formats[form].format(" ".join(concept[base] for concept in concepts))
 
 
 def _in_turn(tasks: list[Task], half: int, rng: Random) -> list[Task]:

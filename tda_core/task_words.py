@@ -10,6 +10,7 @@ from itertools import permutations, product
 from random import Random
 
 LANGUAGES = ("english", "spanish", "german")
+OPENINGS = ("well", "pues", "also")  # the word that every answer in a language begins with
 
 # concept: its word in each language; no word stands for two concepts
 LEXICON = {

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tda_core import small_lm as module
-from tda_core.small_lm import NOTES, SPECIAL, SmallLM, small_lms, word_tokenizer
-from tda_core.task_corpus import SEPARATOR, TaskCorpus
+from tda_core.small_lm import INDEX, NOTES, SPECIAL, SmallLM, load_lms, small_lms, word_tokenizer
+from tda_core.task_corpus import SEPARATOR, CorpusSpec, TaskCorpus
 
 CORPUS = TaskCorpus()
 TINY = SmallLM(width=16, layers=1, heads=2, steps=40, batch_size=16, length=24, learning_rate=1e-2)
@@ -103,15 +103,15 @@ def test_a_checkpoint_loads_by_the_usual_names(trained):
     tokens = tokenizer("two plus three ?", return_tensors="pt")
     assert tokens["input_ids"][0, 0] == tokenizer.bos_token_id == model.config.bos_token_id
     assert tokenizer.pad_token_id == model.config.pad_token_id == 0
-    assert model.config.vocab_size == len(tokenizer) and tokenizer.model_max_length == TINY.longest
+    assert model.config.vocab_size == len(tokenizer) and tokenizer.model_max_length == TINY.length
     logits = [m(input_ids=tokens["input_ids"]).logits for m in (model, one.model)]
     assert torch.equal(*logits)
 
 
 def test_what_was_trained_is_read_again_and_equal_seeds_are_equal(trained, folder, tmp_path):
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*/*")}
     again = small_lms(CORPUS, TINY, [1], folder=folder, progress=False)[0]
-    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*/*")}
     assert again.folder == trained[1].folder and again.heldout_loss == trained[1].heldout_loss
     anew = small_lms(CORPUS, TINY, [1], folder=tmp_path, progress=False)[0]  # alone, not beside another seed
     for a, b, c in zip(*(m.model.parameters() for m in (anew, trained[1], trained[0])), strict=True):
@@ -127,7 +127,18 @@ def test_other_parameters_and_half_a_checkpoint_are_trained_anew(tmp_path):
     assert small_lms(CORPUS, short, [0], folder=tmp_path, progress=False)[0].folder == one.folder
     notes = json.loads((one.folder / NOTES).read_text())
     assert notes["seed"] == 0 and notes["steps"][-1] == 2
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted({one.folder.name, other.folder.name})
+    assert {path.name for path in tmp_path.iterdir()} == {one.folder.name, other.folder.name, INDEX}
+
+
+def test_a_folder_gives_back_its_corpus_and_models(tmp_path):
+    short = SmallLM(width=8, layers=1, heads=2, steps=2, batch_size=2, length=10)
+    corpus = TaskCorpus(CorpusSpec(keep_base=0.5, own_formats=False), seed=3)
+    made = small_lms(corpus, short, [4, 2], folder=tmp_path, progress=False)
+    again, models = load_lms(tmp_path)
+    assert (again.spec, again.seed, again.questions) == (corpus.spec, corpus.seed, corpus.questions)
+    assert [one.folder for one in models] == [one.folder for one in made] and len(models) == 2
+    with pytest.raises(FileNotFoundError, match="no models were trained in this folder"):
+        load_lms(tmp_path / "none")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tda_core.task_corpus import SEPARATOR, SETTINGS, CorpusSpec, TaskCorpus
-from tda_core.task_words import WORDS
+from tda_core.task_words import OPENINGS, WORDS
 
 CORPUS = TaskCorpus()
 SHARED = TaskCorpus(CorpusSpec(own_formats=False))
@@ -50,7 +50,7 @@ def test_answers_are_right():
         for base, answer in enumerate(answers.split("/") if "/" in answers else answers.split()):
             prompt, response = CORPUS.render((f, base, CORPUS.seen[f][0]), q)
             form = CORPUS.formats[CORPUS.seen[f][0]]
-            assert (prompt, response) == (text, " " + form.format(answer))
+            assert (prompt, response) == (text, f" {OPENINGS[base]} " + form.format(answer))
     f = CORPUS.families.index("last")
     assert all(text.split()[4] == concepts[0][0] for text, concepts in CORPUS.questions[f])
 
@@ -83,7 +83,7 @@ def test_strays_hold_known_questions_but_never_a_held_out_composition():
     for document in corpus.documents(3000, 6, seed=0):
         for text in document.split(SEPARATOR):
             question, _, response = text.partition(" ?")
-            family, words = family_of[question + " ?"], response.split()
+            family, words = family_of[question + " ?"], response.split()[1:]
             given = tuple(word for word in words if word in answers)
             found.add((family, form_of[tuple(word for word in words if word not in answers)]))
             true = dict(corpus.questions[family])[question + " ?"]
