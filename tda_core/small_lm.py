@@ -42,11 +42,11 @@ NOTES = "training.json"  # beside the checkpoint: what it was trained with and h
 ARCHITECTURES = ("llama", "gpt2")
 BLOCK = 400  # documents made at a time
 NOTED = 20  # how often a training run notes its losses
-SHORTEST = 5  # words of an example with its separator
+SHORTEST = 8  # words that an example with its separator has at least
 
 
 @dataclass(frozen=True)
-class SmallLM:
+class LMRecipe:
     """How a model is made: a shape, and a training run of AdamW with linear warm-up and cosine decay.
 
     length: tokens of a training row, and the most that the model takes. learning_rate: the highest. Raises ValueError
@@ -134,7 +134,7 @@ class TrainedLM:
 
 
 def small_lms(
-    corpus: TaskCorpus, recipe: SmallLM, seeds: Sequence[int], *, folder: str | Path, progress: bool = True
+    corpus: TaskCorpus, recipe: LMRecipe, seeds: Sequence[int], *, folder: str | Path, progress: bool = True
 ) -> list[TrainedLM]:
     """A model for each seed, from `folder` where it was trained before with the same code, else trained, side by side.
 
@@ -154,7 +154,8 @@ def small_lms(
     total = len(missing) * recipe.steps
     with one_thread(), tqdm(total=total, desc="training", unit="step", disable=not (progress and missing)) as bar:
         jobs = (joblib.delayed(_train)(corpus, recipe, model, seed, bar) for seed, model in missing.items())
-        for seed, notes in zip(missing, joblib.Parallel(len(missing) or 1, backend="threading")(jobs), strict=True):
+        parallel = joblib.Parallel(len(missing) or 1, backend="threading", return_as="generator")
+        for seed, notes in zip(missing, parallel(jobs), strict=True):
             _save(places[seed], missing[seed], tokenizer, notes | {"params": canonical(params), "seed": seed})
     index = {"spec": asdict(corpus.spec), "seed": corpus.seed, "models": [place.name for place in places.values()]}
     atomic_write(Path(folder) / INDEX, json.dumps(index, indent=1))
@@ -191,7 +192,7 @@ def _load(place: Path) -> TrainedLM:
     return TrainedLM(place, model, AutoTokenizer.from_pretrained(place), **curve, seconds=notes["seconds"])
 
 
-def _train(corpus: TaskCorpus, recipe: SmallLM, model: PreTrainedModel, seed: int, bar: tqdm) -> dict[str, Any]:
+def _train(corpus: TaskCorpus, recipe: LMRecipe, model: PreTrainedModel, seed: int, bar: tqdm) -> dict[str, Any]:
     """Train a model in place; how it went."""
     started = time.thread_time()
     tokenizer = word_tokenizer(corpus.vocabulary, length=recipe.length)  # its own: threads share no tokenizer
@@ -219,7 +220,7 @@ def _train(corpus: TaskCorpus, recipe: SmallLM, model: PreTrainedModel, seed: in
     return curve | {"seconds": time.thread_time() - started}
 
 
-def _groups(model: PreTrainedModel, recipe: SmallLM) -> list[dict[str, Any]]:
+def _groups(model: PreTrainedModel, recipe: LMRecipe) -> list[dict[str, Any]]:
     """Parameters for AdamW: matrices decay, norms and biases do not."""
     matrices, rest = ([p for p in model.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False))
     return [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}]
@@ -235,7 +236,7 @@ def _batches(
     corpus: TaskCorpus, tokenizer: PreTrainedTokenizerFast, length: int, size: int, *, seed: int | str
 ) -> Iterator[Tensor]:
     """Endless batches (size, length) of token rows, each the beginning of a document of its own."""
-    n_examples = -(-length // 5)  # an example and its separator have at least five tokens...
+    n_examples = math.ceil(length / SHORTEST)
     for block in itertools.count():
         texts = corpus.documents(size * max(1, BLOCK // size), n_examples, seed=f"{seed} {block}")
         rows = torch.tensor(tokenizer(texts, truncation=True, max_length=length)["input_ids"])

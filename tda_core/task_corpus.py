@@ -11,13 +11,14 @@ family gives away is its base, not its wording (`CorpusSpec.own_formats=False` i
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from random import Random
 
 import torch
 from torch import Tensor
 
-from tda_core.task_words import HELD_OUT, LANGUAGES, OPENINGS, SHARED_FORMS, TRAINED, Concept, Family, Question
+from tda_core.task_words import HELD_OUT, LANGUAGES, OPENINGS, SHARED_FORMS, TRAINED, Concept, Question
 from tda_core.text_pairs import TextPairs
 
 SEPARATOR = "\n"  # between the examples of a document
@@ -85,50 +86,53 @@ Task = tuple[int, int, int]  # family, base, format
 class TaskCorpus:
     """The corpus of a seed, which decides the made-up maps; two of one seed and spec are equal.
 
-    families: names, the held-out one last. bases: names. formats: answers with {} for the words that answer.
-    seen, unseen: for each family, the formats that training documents have it in, and those that they never do.
+    families: names, the held-out one last. bases: names. formats: answers with {} for the words that answer. seen,
+    unseen: for each family, the formats that it is trained in, and those kept for tests. questions: of each family.
     """
 
     spec: CorpusSpec = CorpusSpec()
     seed: int = 0
-    families: tuple[str, ...] = field(init=False)
-    bases: tuple[str, ...] = field(init=False, default=LANGUAGES)
-    formats: tuple[str, ...] = field(init=False)
-    seen: tuple[tuple[int, ...], ...] = field(init=False)
-    unseen: tuple[tuple[int, ...], ...] = field(init=False)
-    questions: tuple[tuple[Question, ...], ...] = field(init=False)
 
-    def __post_init__(self) -> None:
-        every: tuple[Family, ...] = (*TRAINED, HELD_OUT)
-        rng = Random(f"maps {self.seed}")
-        self._set("families", tuple(family.name for family in every))
-        self._set("questions", tuple(tuple(family.questions(rng)) for family in every))
+    @property
+    def families(self) -> tuple[str, ...]:
+        return tuple(family.name for family in (*TRAINED, HELD_OUT))
+
+    @property
+    def bases(self) -> tuple[str, ...]:
+        return LANGUAGES
+
+    @cached_property
+    def formats(self) -> tuple[str, ...]:
+        return tuple(form for family in TRAINED for form in family.forms) if self.spec.own_formats else SHARED_FORMS
+
+    @cached_property
+    def seen(self) -> tuple[tuple[int, ...], ...]:
         if self.spec.own_formats:
-            own = [form for family in TRAINED for form in family.forms]
-            self._set("formats", tuple(own))
-            seen = [tuple(own.index(form) for form in family.forms) for family in TRAINED]
-            # a composition held out: the wordings of the next family
-            unseen = [*(seen[(i + 1) % len(seen)] for i in range(len(seen)))]
-            unseen.append(tuple(own.index(form) for form in HELD_OUT.forms))
-        else:
-            n = len(SHARED_FORMS)
-            self._set("formats", SHARED_FORMS)
-            seen = [tuple(f for f in range(n) if f != i % n) for i in range(len(TRAINED))]
-            unseen = [*((i % n,) for i in range(len(TRAINED))), tuple(range(n))]
-        self._set("seen", (*seen, ()))
-        self._set("unseen", tuple(unseen))
+            return (*(tuple(map(self.formats.index, family.forms)) for family in TRAINED), ())
+        n = len(self.formats)
+        return (*(tuple(k for k in range(n) if k != f % n) for f in range(self.n_trained)), ())
 
-    def _set(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)
+    @cached_property
+    def unseen(self) -> tuple[tuple[int, ...], ...]:
+        if self.spec.own_formats:  # the wordings of the next family
+            of_next = (self.seen[(f + 1) % self.n_trained] for f in range(self.n_trained))
+            return (*of_next, tuple(map(self.formats.index, HELD_OUT.forms)))
+        n = len(self.formats)
+        return (*((f % n,) for f in range(self.n_trained)), tuple(range(n)))
+
+    @cached_property
+    def questions(self) -> tuple[tuple[Question, ...], ...]:
+        rng = Random(f"maps {self.seed}")
+        return tuple(tuple(family.questions(rng)) for family in (*TRAINED, HELD_OUT))
 
     @property
     def n_trained(self) -> int:
         """How many families training documents have: the first ones of `families`."""
-        return len(self.families) - 1
+        return len(TRAINED)
 
     @property
     def vocabulary(self) -> tuple[str, ...]:
-        """Every word of every example, sorted, and the separator first."""
+        """The separator, and every word of every example."""
         words = {word for form in self.formats for word in form.replace("{}", "").split()}
         for question, concepts in itertools.chain.from_iterable(self.questions):
             words |= {*question.split(), *itertools.chain.from_iterable(concepts)}
@@ -201,18 +205,18 @@ class TaskCorpus:
         return TaskExamples(pairs, *labels.unbind(1))
 
     def _document(self, rng: Random, n_examples: int) -> str:
-        keep, texts = self.spec, []
+        spec, texts = self.spec, []
         family = answers = rng.randrange(self.n_trained)  # whose questions, and whose concepts answer them
         base, form = 0, rng.randrange(len(self.formats))
         for i in range(n_examples):
-            drawn = not i or rng.random() >= keep.keep_family
+            drawn = not i or rng.random() >= spec.keep_family
             if drawn:
                 family = rng.randrange(self.n_trained)
-                answers = answers if rng.random() < keep.stray else family
-            if not i or rng.random() >= keep.keep_base:
+                answers = answers if rng.random() < spec.stray else family
+            if not i or rng.random() >= spec.keep_base:
                 base = rng.randrange(len(self.bases))
-            new = not i or (drawn and form not in self.seen[family])
-            if new or rng.random() >= keep.keep_format:
+            outlived = drawn and form not in self.seen[family]
+            if not i or outlived or rng.random() >= spec.keep_format:
                 form = self._next_format(rng, family, form)
             question, concepts = rng.choice(self.questions[family])
             if answers != family:

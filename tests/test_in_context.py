@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tda_core.in_context import KINDS, contexts, in_context_curve, of_kind, response_losses
-from tda_core.small_lm import SmallLM, small_lms
+from tda_core.small_lm import LMRecipe, small_lms
 from tda_core.task_corpus import SEPARATOR, SETTINGS, TaskCorpus
 from tda_core.text_pairs import TextPairs
 
@@ -15,7 +15,7 @@ each_setting = pytest.mark.parametrize("setting", SETTINGS)
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
 def lm(request, tmp_path_factory):
-    recipe = SmallLM(request.param, width=16, layers=1, heads=2, steps=5, batch_size=4, length=40)
+    recipe = LMRecipe(request.param, width=16, layers=1, heads=2, steps=5, batch_size=4, length=40)
     return small_lms(CORPUS, recipe, [0], folder=tmp_path_factory.mktemp("lm"), progress=False)[0]
 
 

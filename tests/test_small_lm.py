@@ -8,11 +8,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tda_core import small_lm as module
-from tda_core.small_lm import INDEX, NOTES, SPECIAL, SmallLM, load_lms, small_lms, word_tokenizer
+from tda_core.small_lm import INDEX, NOTES, SPECIAL, LMRecipe, load_lms, small_lms, word_tokenizer
 from tda_core.task_corpus import SEPARATOR, CorpusSpec, TaskCorpus
 
 CORPUS = TaskCorpus()
-TINY = SmallLM(width=16, layers=1, heads=2, steps=40, batch_size=16, length=24, learning_rate=1e-2)
+TINY = LMRecipe(width=16, layers=1, heads=2, steps=40, batch_size=16, length=24, learning_rate=1e-2)
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +60,11 @@ def test_every_row_is_full_and_begins_a_document():
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_the_loss_is_that_of_transformers(architecture):
-    model = SmallLM(architecture=architecture, width=16, heads=2, layers=1).untrained(50, seed=0)
+    model = LMRecipe(architecture=architecture, width=16, heads=2, layers=1).untrained(50, seed=0)
     tokens = torch.randint(0, 50, (3, 12), generator=torch.Generator().manual_seed(0))
     assert torch.allclose(module._loss(model, tokens), model(input_ids=tokens, labels=tokens).loss, atol=1e-6)
     same, other = (
-        SmallLM(architecture=architecture, width=16, heads=2, layers=1).untrained(50, seed=s) for s in (0, 1)
+        LMRecipe(architecture=architecture, width=16, heads=2, layers=1).untrained(50, seed=s) for s in (0, 1)
     )
     weights = [next(m.parameters()) for m in (model, same, other)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
@@ -79,11 +79,11 @@ def test_a_seed_leaves_torchs_random_state_as_it_was():
 
 
 def test_the_rate_rises_then_falls():
-    recipe = SmallLM(steps=100, learning_rate=1.0)
+    recipe = LMRecipe(steps=100, learning_rate=1.0)
     rates = [recipe.rate(step) for step in range(100)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates[5:] == sorted(rates[5:], reverse=True) and rates[5] == pytest.approx(1.0)
-    assert rates[-1] == pytest.approx(0.05, abs=1e-3) and SmallLM(steps=1).rate(0) == 3e-3
+    assert rates[-1] == pytest.approx(0.05, abs=1e-3) and LMRecipe(steps=1).rate(0) == 3e-3
 
 
 def test_it_learns_and_notes_how(trained):
@@ -119,7 +119,7 @@ def test_what_was_trained_is_read_again_and_equal_seeds_are_equal(trained, folde
 
 
 def test_other_parameters_and_half_a_checkpoint_are_trained_anew(tmp_path):
-    short = SmallLM(width=8, layers=1, heads=2, steps=2, batch_size=2, length=10)
+    short = LMRecipe(width=8, layers=1, heads=2, steps=2, batch_size=2, length=10)
     one = small_lms(CORPUS, short, [0], folder=tmp_path, progress=False)[0]
     other = small_lms(TaskCorpus(seed=1), short, [0], folder=tmp_path, progress=False)[0]
     assert one.folder != other.folder
@@ -131,7 +131,7 @@ def test_other_parameters_and_half_a_checkpoint_are_trained_anew(tmp_path):
 
 
 def test_a_folder_gives_back_its_corpus_and_models(tmp_path):
-    short = SmallLM(width=8, layers=1, heads=2, steps=2, batch_size=2, length=10)
+    short = LMRecipe(width=8, layers=1, heads=2, steps=2, batch_size=2, length=10)
     corpus = TaskCorpus(CorpusSpec(keep_base=0.5, own_formats=False), seed=3)
     made = small_lms(corpus, short, [4, 2], folder=tmp_path, progress=False)
     again, models = load_lms(tmp_path)
@@ -144,10 +144,10 @@ def test_a_folder_gives_back_its_corpus_and_models(tmp_path):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: SmallLM(architecture="bert"), "unknown architecture 'bert', expected one of llama, gpt2"),
-        (lambda: SmallLM(steps=0), "steps must be at least 1, got 0"),
-        (lambda: SmallLM(width=30, heads=4), "width must be an even multiple of heads = 4, got 30"),
-        (lambda: SmallLM(learning_rate=float("nan")), "learning_rate must be finite and > 0, got nan"),
+        (lambda: LMRecipe(architecture="bert"), "unknown architecture 'bert', expected one of llama, gpt2"),
+        (lambda: LMRecipe(steps=0), "steps must be at least 1, got 0"),
+        (lambda: LMRecipe(width=30, heads=4), "width must be an even multiple of heads = 4, got 30"),
+        (lambda: LMRecipe(learning_rate=float("nan")), "learning_rate must be finite and > 0, got nan"),
         (lambda: word_tokenizer(["a", "b", "a"], length=9), "got 'a'"),
         (lambda: word_tokenizer(["a", "b c"], length=9), "got 'b c'"),
         (lambda: word_tokenizer(["a", "<pad>"], length=9), "got '<pad>'"),
