@@ -160,7 +160,7 @@ class TaskCorpus:
         rng = Random(f"documents {seed}")
         return [self._document(rng, n_examples) for _ in range(n)]
 
-    def pool(self, n: int, *, seed: int, tasks: Sequence[Task] | None = None) -> TaskExamples:
+    def pool(self, n: int, *, seed: int | str, tasks: Sequence[Task] | None = None) -> TaskExamples:
         """n different examples, tasks drawn uniformly: the candidates of attribution and selection.
 
         tasks: which to draw from, all of training where None. Raises ValueError where they have fewer examples.

@@ -1,0 +1,90 @@
+"""What the language notebooks work on: from our own corpus and from data by name."""
+
+import json
+
+import pytest
+import torch
+from language_toys import language_model
+
+from tda_core import text_tasks
+from tda_core.small_lm import LMRecipe, small_lms
+from tda_core.task_corpus import SETTINGS, TaskCorpus
+from tda_core.text_tasks import Sizes, material, selections, together
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    small_lms(TaskCorpus(), LMRecipe(width=16, layers=1, heads=2, steps=2), [0, 1], folder=folder, progress=False)
+    return folder
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Ten instructions and ten reviews where data by name are looked for, and a model in a folder."""
+    alpaca = [{"instruction": f"w{i} w3", "input": "", "output": f"w{i} w5"} for i in range(2, 39)] * 3
+    sst2 = [{"text": f"w{i} w{i + 1}", "label": i % 2, "label_text": f"w{10 + i % 2}"} for i in range(2, 39)] * 3
+    monkeypatch.setattr(text_tasks, "load_pairs", lambda name, n: _pairs(alpaca if name == "alpaca" else sst2, n))
+    language_model().save(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def _pairs(rows, n):
+    prompts = [row.get("instruction") or row["text"] for row in rows]
+    responses = [" " + (row.get("output") or row["label_text"]) for row in rows]
+    return text_tasks.TextPairs(prompts[:n], responses[:n])
+
+
+def test_our_own_material_has_pools_that_share_nothing_with_the_tasks(folder):
+    found = material(folder, "", Sizes(30, 5, 2))
+    assert len(found.models) == 2 and len(found.pool) == 30 and list(found.tasks) == list(SETTINGS)
+    assert [len(task) for task in found.every] == [5] * 6
+    assert not found.pool.shared_with(found.queries).any()
+    assert found.rows("held_out_family") == [4, 5] and len(found.task_labels["format"]) == 6
+    assert found.labels["family"].shape == (30,)
+    prefix = found.template.demonstrations(found.pool)[0]
+    assert prefix == "".join(found.pool.pairs[0]) + "\n"
+    with pytest.raises(ValueError, match="unknown setting 'abroad'"):
+        found.rows("abroad")
+
+
+def test_selections_have_a_tenth_of_the_task_and_share_nothing_with_what_is_held_out(folder):
+    sizes = Sizes(40, 5, 4, 6)
+    by_split = {split: selections(folder, "", sizes, split=split) for split in ("validation", "test")}
+    for found in by_split.values():
+        assert [one.setting for one in found] == [*SETTINGS, SETTINGS[0]]
+        for one in found:
+            assert len(one.pool) == len(one.own) == 40 and 4 <= int(one.own.sum()) <= 8
+            assert (len(one.task), len(one.held_out)) == (5, 6)
+            for other in (one.task, one.held_out):
+                assert not one.pool.shared_with(other).any()
+            assert not one.task.shared_with(one.held_out).any()
+    names = {split: {one.name for one in found} for split, found in by_split.items()}
+    assert not names["validation"] & names["test"]
+    with pytest.raises(ValueError, match="unknown split 'train'"):
+        selections(folder, "", sizes, split="train")
+
+
+def test_models_and_data_by_name_take_the_same_place(hub):
+    found = material("nowhere", hub, Sizes(12, 3, 2))
+    assert len(found.models) == 1 and list(found.tasks) == ["in_domain", "other_data"] and not found.labels
+    assert len(found.pool) == 12 and [len(task) for task in found.every] == [3] * 4
+    assert found.rows("other_data") == [2, 3]
+    sizes = Sizes(10, 2, 2, 3)
+    chosen = {split: selections("nowhere", hub, sizes, split=split) for split in ("validation", "test")}
+    for one in chosen["test"]:
+        assert int(one.own.sum()) == 1 and one.own[0] and len(one.pool) == 10
+        assert (len(one.task), len(one.held_out)) == (2, 3)
+    assert [one.setting for one in chosen["test"]] == ["in_domain", "other_data"]
+    assert json.dumps(chosen["test"][0].pool.pairs) != json.dumps(chosen["validation"][0].pool.pairs)
+
+
+def test_sets_of_pairs_are_joined_in_order(folder):
+    found = material(folder, "", Sizes(4, 2, 1))
+    assert together(found.every).pairs == sum((task.pairs for task in found.every), ())
+    assert torch.equal(together([found.pool]).lengths, found.pool.lengths)
+
+
+def test_sizes_below_one_are_refused():
+    with pytest.raises(ValueError, match="task must be >= 1, got 0"):
+        Sizes(3, 0, 1)
