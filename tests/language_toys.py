@@ -1,5 +1,7 @@
 """Small language models with a word for a token, made anew in milliseconds."""
 
+from collections.abc import Sequence
+
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -42,9 +44,9 @@ CONFIGS = {
 }
 
 
-def tokenizer(n: int = VOCABULARY, *, bos: bool = True) -> PreTrainedTokenizerFast:
-    """Words w2..w(n-1) after <unk>, which stands for every other word, and <s>. There is no pad token."""
-    known = ["<unk>", "<s>", *(f"w{i}" for i in range(2, n))]
+def tokenizer(n: int = VOCABULARY, *, bos: bool = True, words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """Words, or w2..w(n-1), after <unk>, which stands for every other word, and <s>. There is no pad token."""
+    known = ["<unk>", "<s>", *(words or (f"w{i}" for i in range(2, n)))]
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"bos_token": "<s>", "eos_token": "<s>"} if bos else {}
@@ -52,16 +54,17 @@ def tokenizer(n: int = VOCABULARY, *, bos: bool = True) -> PreTrainedTokenizerFa
 
 
 def language_model(
-    kind: str = "llama", *, seed: int = 0, window: int = WINDOW, dtype: torch.dtype = torch.float32
+    kind: str = "llama", *, seed: int = 0, window: int = WINDOW, words: Sequence[str] = ()
 ) -> LanguageModel:
     """An untrained model whose logits are far from flat."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[kind](VOCABULARY, window)).to(dtype)
+    toy = tokenizer(words=words)
+    model = AutoModelForCausalLM.from_config(CONFIGS[kind](len(toy), window))
     with torch.no_grad():
         for name, value in model.named_parameters():
             if "norm" not in name and "ln_" not in name:
                 value.normal_(0, 0.3)
-    return LanguageModel(model, tokenizer())
+    return LanguageModel(model, toy)
 
 
 def words(n: int, generator: torch.Generator, low: int = 2) -> str:

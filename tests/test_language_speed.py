@@ -4,7 +4,7 @@ import pytest
 import torch
 from language_toys import language_model, text_pairs
 
-from tda_core.language_speed import cost, harness, one_by_one, scorers, seconds_each
+from tda_core.language_speed import _cost, cost, harness, one_by_one, scorers, seconds_each
 from tda_core.likelihood_paths import Queries
 
 MODEL = language_model()
@@ -36,8 +36,8 @@ def test_ways_take_turns_and_the_first_round_is_not_counted():
 
 def test_costs_come_from_a_process_of_their_own(tmp_path):
     MODEL.save(tmp_path)
-    for method in ("icp", "gradient_dot"):
-        found = cost(tmp_path, text_pairs(8), text_pairs(4, seed=2), method)
+    asked = text_pairs(8), text_pairs(4, seed=2)
+    for found in (cost(tmp_path, *asked, "icp"), _cost(str(tmp_path), *asked, "gradient_dot")):
         assert found.seconds > 0 and found.peak_bytes >= 0
     with pytest.raises(ValueError, match="unknown method 'trak', expected one of"):
         cost(tmp_path, text_pairs(8), text_pairs(4), "trak")

@@ -3,12 +3,13 @@
 import re
 
 import torch
+from language_toys import language_model
 
 from tda_core import paths
 
 
 def test_the_code_attributes_a_model(tmp_path, monkeypatch):
-    first, second, third = re.findall(r"```python\n(.*?)```", paths.README.read_text(), re.DOTALL)
+    first, of_language, second, third = re.findall(r"```python\n(.*?)```", paths.README.read_text(), re.DOTALL)
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     torch.manual_seed(0)
@@ -16,6 +17,14 @@ def test_the_code_attributes_a_model(tmp_path, monkeypatch):
     assert names["scores"].shape == (4, 200)
     # a query that is itself a training example is its own proponent
     assert all(int(i) in names["proponents"][i] for i in range(4))
+    of_names = dict(names)
+    assert len([line for line in of_language.splitlines() if line]) == 10
+    vocabulary = [word for word in re.findall(r"\w+", of_language) if word not in ("unk", "s")]
+    toy = language_model(words=sorted(set(vocabulary)))
+    toy.save("model")
+    exec(of_language.replace("EleutherAI/pythia-70m", "model"), of_names)
+    assert of_names["scores"].shape == (1, 2)
+    assert sorted(of_names["proponents"][0].tolist()) == [0, 1]
     exec(second, names)
     assert 0 in names["top"].proponents and names["top"].proponents.shape == (1, 5)
     assert names["index"].dtype == "int8" and names["index"].ids.tolist() == list(range(3, 202))
