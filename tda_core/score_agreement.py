@@ -161,13 +161,34 @@ def crossed_estimate(table: np.ndarray, *, n_bootstrap: int = 1000, seed: int = 
     values alone would make the interval too narrow.
     """
     table = as_array(table, "table", 2)
+    means = _crossed_means([table], n_bootstrap, seed)[0]
+    return _estimate(float(table.mean()), means, table.size)
+
+
+def crossed_difference(one: np.ndarray, other: np.ndarray, *, n_bootstrap: int = 1000, seed: int = 0) -> Estimate:
+    """Mean of `one` (m, t) minus mean of `other` (m, s): the same models, but tasks of two kinds, resampled apart.
+
+    Raises ValueError where the tables have not the same models.
+    """
+    one, other = as_array(one, "one", 2), as_array(other, "other", 2)
+    if len(one) != len(other):
+        raise ValueError(f"both tables must have a row for each model, got {len(one)} and {len(other)}")
+    first, second = _crossed_means([one, other], n_bootstrap, seed)
+    return _estimate(float(one.mean() - other.mean()), first - second, one.size + other.size)
+
+
+def _crossed_means(tables: Sequence[np.ndarray], n_bootstrap: int, seed: int) -> list[np.ndarray]:
+    """Replicates of each table's mean, models drawn once for all tables and tasks for each."""
     check_positive("n_bootstrap", n_bootstrap)
     rng = np.random.default_rng(seed)
-    models, tasks = (resample_counts(n, n_bootstrap, rng) for n in table.shape)
-    means = np.einsum("ib,ij,jb->b", models, table, tasks) / table.size
-    low, high = percentile_interval(means)
-    value = float(table.mean())
-    return Estimate(value, min(low, value), max(high, value), table.size)
+    models = resample_counts(len(tables[0]), n_bootstrap, rng)
+    drawn = [(table, resample_counts(table.shape[1], n_bootstrap, rng)) for table in tables]
+    return [np.einsum("ib,ij,jb->b", models, table, tasks) / table.size for table, tasks in drawn]
+
+
+def _estimate(value: float, replicates: np.ndarray, n: int) -> Estimate:
+    low, high = percentile_interval(replicates)
+    return Estimate(value, min(low, value), max(high, value), n)
 
 
 def _checked(scores: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

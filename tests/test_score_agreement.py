@@ -13,6 +13,7 @@ from tda_core.score_agreement import (
     agreement_by_task_size,
     agreement_over_tasks,
     bin_overlap,
+    crossed_difference,
     crossed_estimate,
     kuder_richardson,
     spearman_per_task,
@@ -270,3 +271,16 @@ def test_intervals_of_models_and_tasks_resample_both():
     assert wide.high - wide.low > 1.5 * (narrow.high - narrow.low)
     with pytest.raises(ValueError, match="table must be a non-empty array with 2 dimensions"):
         crossed_estimate(np.ones(3))
+
+
+def test_differences_of_two_kinds_of_tasks_pair_the_models():
+    rng = np.random.default_rng(4)
+    shift = 10 * rng.normal(size=(3, 1))  # what a model does to all of its tasks cancels
+    one, other = shift + rng.normal(1, 0.1, (3, 5)), shift + rng.normal(0, 0.1, (3, 7))
+    found = crossed_difference(one, other)
+    assert found.value == pytest.approx(one.mean() - other.mean()) and found.n == 36
+    assert found.low > 0.7 and found.high < 1.3
+    again = crossed_difference(other, one)
+    assert again.value == pytest.approx(-found.value)
+    with pytest.raises(ValueError, match="a row for each model, got 3 and 2"):
+        crossed_difference(one, other[:2])
