@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tda_core.regression_tasks import Pairs, Predictor, Tasks
 
-# Contexts that a predictor is given at a time
-BLOCK = 1000
+# Contexts that a predictor is given at a time: with 100 queries each, an attention layer holds 40 MB of weights
+BLOCK = 250
 
 
 def ridge_fit(pairs: Pairs, ridge: float) -> Tensor:
@@ -111,10 +111,14 @@ def changes_of_prediction(predictor: Predictor, tasks: Tasks) -> tuple[Tensor, T
 def loss_changes(predictor: Predictor, tasks: Tasks) -> Tensor:
     """The continuous score of in-context probing: a query's loss less its loss with the candidate in context (t, n, m).
 
-    Raises ValueError where the predictor gives NaN or infinity.
+    Raises ValueError as `falls_of_loss` does.
     """
-    before, after = changes_of_prediction(predictor, tasks)
-    targets = tasks.queries.targets[:, None]
+    return falls_of_loss(*changes_of_prediction(predictor, tasks), tasks.queries)
+
+
+def falls_of_loss(before: Tensor, after: Tensor, queries: Pairs) -> Tensor:
+    """Losses of predictions before (t, 1, m) less those after (t, n, m). Raises ValueError for NaN or infinity."""
+    targets = queries.targets[:, None]
     gains = (before - targets) ** 2 / 2 - (after - targets) ** 2 / 2
     if not torch.isfinite(gains).all():
         raise ValueError(f"predictions must be finite: {int((~torch.isfinite(gains)).sum())} loss changes are not")

@@ -57,6 +57,19 @@ def test_a_shift_changes_the_candidates_only_and_noise_only_their_targets():
     torch.testing.assert_close(b, 4 * a, rtol=1e-4, atol=1e-4)
 
 
+def test_a_rotation_leaves_demonstrations_as_they_were_in_distribution_and_other_shifts_do_not():
+    levels = torch.linspace(0.02, 0.98, 25)
+    sizes = Sizes(tasks=20000, candidates=1, queries=1)
+
+    def quantiles(shift: Shift) -> torch.Tensor:
+        return draw_tasks(FAMILY, sizes, shift, seed=5).candidates.targets.flatten().quantile(levels)
+
+    own = quantiles(Shift())
+    assert (quantiles(Shift(rotation=90)) - own).abs().max() < 0.1
+    for shift in (Shift(scale=3.0), Shift(spread=3.0), Shift(noise=5.0)):
+        assert (quantiles(shift) - own).abs().max() > 0.5
+
+
 def test_a_seed_decides_everything():
     first, again, other = (draw_tasks(FAMILY, MANY, seed=seed) for seed in (3, 3, 4))
     assert torch.equal(first.candidates.targets, again.candidates.targets)
