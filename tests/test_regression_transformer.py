@@ -39,7 +39,7 @@ def test_a_prediction_sees_what_comes_before_it_only():
 
 
 def test_training_learns_to_use_the_context(tmp_path):
-    learnt = Settings(width=32, blocks=2, heads=2, length=6, steps=400, batch=64, rate=5e-3)
+    learnt = Settings(width=32, blocks=2, heads=2, length=6, steps=250, batch=64, rate=5e-3)
     model = trained(FAMILY, learnt, Store(tmp_path), seed=0)
     tasks = draw_tasks(FAMILY, Sizes(300, 5, 1, 10), seed=10**6)
     found = {
