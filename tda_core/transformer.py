@@ -13,7 +13,8 @@ from tqdm.auto import tqdm
 class Block(nn.Module):
     """Causal self-attention and a feed-forward layer, each added to its input: (n, T, d) -> (n, T, d).
 
-    With `last` only the last position is computed, which sees all others: (n, T, d) -> (n, 1, d).
+    With `last` only the last position is computed, which sees all others: (n, T, d) -> (n, 1, d). allowed: (T, T)
+    bool, which positions (columns) each position sees, instead of itself and all before it.
     Raises ValueError where heads do not divide the width.
     """
 
@@ -27,15 +28,16 @@ class Block(nn.Module):
         self.up = nn.Linear(width, 4 * width, bias=False)
         self.down = nn.Linear(4 * width, width, bias=False)
 
-    def forward(self, x: Tensor, *, last: bool = False) -> Tensor:
-        mixed = self.mix(self._attend(self.qkv(_normalised(x)), last))
+    def forward(self, x: Tensor, *, last: bool = False, allowed: Tensor | None = None) -> Tensor:
+        mixed = self.mix(self._attend(self.qkv(_normalised(x)), last, allowed))
         x = (x[:, -1:] if last else x) + mixed
         return x + self.down(F.gelu(self.up(_normalised(x))))
 
-    def _attend(self, qkv: Tensor, last: bool = False) -> Tensor:
+    def _attend(self, qkv: Tensor, last: bool = False, allowed: Tensor | None = None) -> Tensor:
         n, length, _ = qkv.shape
         q, k, v = qkv.view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (n, heads, T, d / heads) each
-        allowed = torch.ones(length, length, dtype=torch.bool, device=qkv.device).tril()
+        if allowed is None:
+            allowed = torch.ones(length, length, dtype=torch.bool, device=qkv.device).tril()
         if last:
             q, allowed = q[:, :, -1:], allowed[-1:]
         weights = (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).masked_fill(~allowed, -torch.inf).softmax(-1)

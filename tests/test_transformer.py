@@ -33,6 +33,14 @@ def test_a_position_sees_nothing_that_comes_later():
     assert not torch.allclose(first[:, 4:], second[:, 4:])
 
 
+def test_positions_see_what_they_are_allowed_to():
+    torch.manual_seed(0)
+    block, x = Block(8, 2).to(FLOAT64), torch.randn(4, 6, 8, generator=generator(2), dtype=FLOAT64)
+    torch.testing.assert_close(block(x, allowed=torch.ones(6, 6, dtype=torch.bool).tril()), block(x))
+    alone = block(x.flatten(0, 1)[:, None]).view(4, 6, 8)
+    torch.testing.assert_close(block(x, allowed=torch.eye(6, dtype=torch.bool)), alone)
+
+
 def test_the_last_position_alone_is_the_last_of_all():
     torch.manual_seed(0)
     block, x = Block(8, 2).to(FLOAT64), torch.randn(4, 6, 8, generator=generator(2), dtype=FLOAT64)
