@@ -51,7 +51,7 @@ def estimate_bars(
         at = places + (k - (len(values) - 1) / 2) * width
         heights = np.array([getattr(value, "value", value) for value in row], dtype=float)
         colour = "#bdbdbd" if name == "chance" else PALETTE[k % len(PALETTE)]
-        axis.bar(at, heights, width * 0.94, color=colour, label=name)
+        axis.bar(at, heights, width * 0.94, color=colour, label=name.replace("_", " "))
         for x, height, value in zip(at, heights, row, strict=True):
             low, high = interval_ends(value) if hasattr(value, "low") else (height, height)
             if low < high:

@@ -5,8 +5,11 @@ whole in one token, where the interleaved layout x_1, y_1, x_2, ... has to learn
 """
 
 import math
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import joblib
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -105,22 +108,36 @@ def untrained(family: Family, settings: Settings, *, seed: int) -> RegressionTra
         return RegressionTransformer(family.dimension, settings).eval()
 
 
-def trained(family: Family, settings: Settings, store: Store, *, seed: int) -> RegressionTransformer:
-    """The model trained on tasks of a family, kept in the store.
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A trained model and the CPU seconds that its training took, all stretches of a stopped one together."""
+
+    model: RegressionTransformer
+    seconds: float
+
+
+def trained(family: Family, settings: Settings, store: Store, *, seeds: Sequence[int]) -> list[Trained]:
+    """Models of these seeds, trained side by side on tasks of a family, and kept in the store.
 
     A training that was stopped goes on from its last kept state, and ends with the same parameters bit for bit: each
     step's tasks follow from the seed and the step alone. Raises FloatingPointError where the loss is not finite.
     """
-    model = untrained(family, settings, seed=seed)
-    params = {"family": family, "settings": settings, "seed": seed}
-    found = store.load(NAME, params)
-    if found is None:
-        with one_thread():  # more threads would change the sums' last bits, and the matrices are small
+    models = [untrained(family, settings, seed=seed) for seed in seeds]  # in turn: they share torch's random state
+
+    def finished(model: RegressionTransformer, seed: int) -> Trained:
+        params = {"family": family, "settings": settings, "seed": seed}
+        found = store.load(NAME, params)
+        if found is None:
             found = _train(model, family, settings, (store, params))
-        store.save(NAME, params, found)
-        store.path(f"{NAME}-part", params).unlink(missing_ok=True)
-    model.load_state_dict(found)
-    return model
+            store.save(NAME, params, found)
+            store.path(f"{NAME}-part", params).unlink(missing_ok=True)
+        seconds = float(found.pop("seconds"))
+        model.load_state_dict(found)
+        return Trained(model, seconds)
+
+    with one_thread():  # more threads would change the sums' last bits, and the matrices are small
+        jobs = (joblib.delayed(finished)(model, seed) for model, seed in zip(models, seeds, strict=True))
+        return joblib.Parallel(-1, backend="threading")(jobs)
 
 
 def _train(
@@ -128,7 +145,8 @@ def _train(
 ) -> dict[str, Tensor]:
     store, params = keep
     optimiser = torch.optim.AdamW(model.parameters(), settings.rate, betas=(0.9, 0.98), weight_decay=0.0)
-    start = _restore(store.load(f"{NAME}-part", params), model, optimiser)
+    start, before = _restore(store.load(f"{NAME}-part", params), model, optimiser)
+    begun = time.thread_time()
     steps = range(start, settings.steps)
     for step in tqdm(steps, desc=f"training, seed {params['seed']}", initial=start, total=settings.steps, leave=False):
         pairs = draw_pairs(family, settings.batch, settings.length, seed=_seed_of(params["seed"], step))
@@ -142,8 +160,9 @@ def _train(
             group["lr"] = settings.rate * _share_of_rate(step, settings.steps)
         optimiser.step()
         if (step + 1) % KEPT_EVERY == 0:
-            store.save(f"{NAME}-part", params, _state(model, optimiser) | {"step": torch.tensor(step + 1)})
-    return model.state_dict()
+            so_far = {"step": torch.tensor(step + 1), "seconds": torch.tensor(before + time.thread_time() - begun)}
+            store.save(f"{NAME}-part", params, _state(model, optimiser) | so_far)
+    return model.state_dict() | {"seconds": torch.tensor(before + time.thread_time() - begun)}
 
 
 def _share_of_rate(step: int, steps: int) -> float:
@@ -164,10 +183,10 @@ def _state(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tens
     return found
 
 
-def _restore(found: dict[str, Tensor] | None, model: nn.Module, optimiser: torch.optim.Optimizer) -> int:
-    """Put a kept state back; the step that comes next, 0 where there is none."""
+def _restore(found: dict[str, Tensor] | None, model: nn.Module, optimiser: torch.optim.Optimizer) -> tuple[int, float]:
+    """Put a kept state back; the step that comes next and the seconds so far, 0 where there is none."""
     if found is None:
-        return 0
+        return 0, 0.0
     model.load_state_dict({name: found[f"model/{name}"] for name in model.state_dict()})
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in found.items():
@@ -175,4 +194,4 @@ def _restore(found: dict[str, Tensor] | None, model: nn.Module, optimiser: torch
             _, i, field = name.split("/")
             state.setdefault(int(i), {})[field] = value
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
-    return int(found["step"])
+    return int(found["step"]), float(found["seconds"])

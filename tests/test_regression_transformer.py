@@ -40,7 +40,7 @@ def test_a_prediction_sees_what_comes_before_it_only():
 
 def test_training_learns_to_use_the_context(tmp_path):
     learnt = Settings(width=32, blocks=2, heads=2, length=6, steps=250, batch=64, rate=5e-3)
-    model = trained(FAMILY, learnt, Store(tmp_path), seed=0)
+    model = trained(FAMILY, learnt, Store(tmp_path), seeds=[0])[0].model
     tasks = draw_tasks(FAMILY, Sizes(300, 5, 1, 10), seed=10**6)
     found = {
         name: float(squared_errors(predictor, tasks.background, tasks.queries).mean())
@@ -54,7 +54,7 @@ def test_training_learns_to_use_the_context(tmp_path):
 
 
 def test_a_stopped_training_goes_on_and_ends_as_if_never_stopped(tmp_path, monkeypatch):
-    whole = trained(FAMILY, SMALL, Store(tmp_path / "whole"), seed=1)
+    whole = trained(FAMILY, SMALL, Store(tmp_path / "whole"), seeds=[1])[0].model
     monkeypatch.setattr(regression_transformer, "KEPT_EVERY", 2)
     store, drawn = Store(tmp_path / "stopped"), []
 
@@ -66,9 +66,9 @@ def test_a_stopped_training_goes_on_and_ends_as_if_never_stopped(tmp_path, monke
 
     monkeypatch.setattr(regression_transformer, "draw_pairs", stops)
     with pytest.raises(KeyboardInterrupt):
-        trained(FAMILY, SMALL, store, seed=1)
+        trained(FAMILY, SMALL, store, seeds=[1])
     drawn.clear()
-    again = trained(FAMILY, SMALL, store, seed=1)  # of 5 steps 3 are left, after the state kept at 2
+    again = trained(FAMILY, SMALL, store, seeds=[1])[0].model  # of 5 steps 3 are left, after the state kept at 2
     assert len(drawn) == 3
     for name, value in whole.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
@@ -76,9 +76,9 @@ def test_a_stopped_training_goes_on_and_ends_as_if_never_stopped(tmp_path, monke
 
 
 def test_a_trained_model_is_read_from_the_store(tmp_path, monkeypatch):
-    first = trained(FAMILY, SMALL, Store(tmp_path), seed=0)
+    first = trained(FAMILY, SMALL, Store(tmp_path), seeds=[0])[0].model
     monkeypatch.setattr(regression_transformer, "draw_pairs", None)  # any step would fail
-    again = trained(FAMILY, SMALL, Store(tmp_path), seed=0)
+    again = trained(FAMILY, SMALL, Store(tmp_path), seeds=[0])[0].model
     pairs = draw_pairs(FAMILY, 4, 6, seed=0)
     assert torch.equal(first(pairs), again(pairs)) and not again.training
 
@@ -93,7 +93,7 @@ def test_a_seed_decides_the_start_and_leaves_the_global_generator_alone():
 def test_a_training_that_diverges_says_so(tmp_path):
     wild = Settings(width=16, blocks=1, heads=1, length=4, steps=30, batch=4, rate=1e30)
     with pytest.raises(FloatingPointError, match="lower the rate of 1e\\+30"):
-        trained(FAMILY, wild, Store(tmp_path), seed=0)
+        trained(FAMILY, wild, Store(tmp_path), seeds=[0])
 
 
 @pytest.mark.parametrize(
@@ -116,3 +116,13 @@ def test_a_training_that_diverges_says_so(tmp_path):
 def test_bad_input_is_named(act, message):
     with pytest.raises(ValueError, match=message):
         act(untrained(FAMILY, SMALL, seed=0))
+
+
+def test_models_trained_side_by_side_are_those_trained_alone(tmp_path):
+    together = trained(FAMILY, SMALL, Store(tmp_path / "together"), seeds=[0, 1])
+    for seed, found in enumerate(together):
+        (alone,) = trained(FAMILY, SMALL, Store(tmp_path / f"{seed}"), seeds=[seed])
+        assert all(torch.equal(v, alone.model.state_dict()[name]) for name, v in found.model.state_dict().items())
+        assert found.seconds > 0
+    again = trained(FAMILY, SMALL, Store(tmp_path / "together"), seeds=[1, 0])
+    assert [one.seconds for one in again] == pytest.approx([one.seconds for one in together[::-1]], rel=1e-6)
