@@ -15,11 +15,12 @@ from tda_core.data.instructions import load_pairs
 from tda_core.icp import Template
 from tda_core.language import LanguageModel
 from tda_core.small_lm import load_lms
-from tda_core.task_corpus import SEPARATOR, SETTINGS, TaskCorpus, TaskExamples
+from tda_core.task_corpus import SEPARATOR, SETTINGS, SPLITS, TaskCorpus
 from tda_core.text_pairs import TextPairs
 
 # Data by name: the pool and the tasks of its own kind, and tasks of another kind.
 NAMED = {"in_domain": "alpaca", "other_data": "sst2_train"}
+POOLS = ("clean", "wrong_answers", "without_task")
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,56 +112,51 @@ def _by_name(model: str, sizes: Sizes) -> Material:
 class Selection:
     """A task whose training examples are to be found in a pool.
 
-    own: (n,) bool, which pool examples are of the task. task: what methods see of it. held_out: other examples of it.
+    own: (n,) bool, which pool examples are of the task, and right. k: how many are to be chosen. task: what methods see
+    of it. held_out: other examples of it.
     """
 
     setting: str
     name: str
     pool: TextPairs
     own: Tensor
+    k: int
     task: TextPairs
     held_out: TextPairs
 
 
-def selections(folder: str | Path, model: str, sizes: Sizes, *, split: str) -> list[Selection]:
-    """Tasks with a pool each, a tenth of it (at most) of the task, the rest of all kinds; settings take turns.
+def selections(folder: str | Path, model: str, sizes: Sizes, *, split: str, kind: str = "clean") -> list[Selection]:
+    """Tasks with a pool each, settings in turn; a tenth of a pool is of the task, the rest of all kinds.
 
-    split: "validation" or "test", which share no task. Raises ValueError for another split.
+    split: "validation" or "test", which share no task. kind, one of `POOLS`: "clean"; "wrong_answers", where half of
+    that tenth has another example's answer, so that a choice by likeness takes right and wrong alike, and a
+    twentieth is chosen; "without_task", where nothing of the task is in the pool. Raises ValueError for other names.
     """
-    if split not in ("validation", "test"):
-        raise ValueError(f"unknown split {split!r}, expected 'validation' or 'test'")
+    for name, value, known in (("split", split, SPLITS), ("kind", kind, POOLS)):
+        if value not in known:
+            raise ValueError(f"unknown {name} {value!r}, expected one of {', '.join(known)}")
     if model:
-        return _selections_by_name(sizes, split)
+        return _selections_by_name(sizes, split, kind)
     corpus, _ = load_lms(folder)
     n = -(-sizes.targets // len(SETTINGS))
     turns = [(setting, turn) for turn in range(n) for setting in SETTINGS][: sizes.targets]
-    return [_dealt(corpus, setting, turn, sizes, split) for setting, turn in turns]
+    return [_of_corpus(corpus, turn, sizes, split, kind) for turn in turns]
 
 
-def _dealt(corpus: TaskCorpus, setting: str, turn: int, sizes: Sizes, split: str) -> Selection:
-    """The task of a setting that is number `turn`, with a pool that holds none of its examples."""
-    (*_, first) = corpus.targets(setting, turn + 1, 1, split=split)
-    task, few = (first.family, first.base, first.format), sizes.pool // 10
-    seed = f"{split} {setting} {turn}"
-    own = corpus.pool(few, seed=f"own {seed}", tasks=[task])
-    pool = _joined(own, corpus.pool(sizes.pool - few, seed=f"rest {seed}"))
-    (*_, target) = corpus.targets(setting, turn + 1, sizes.task + sizes.held_out, split=split, without=pool)
-    mine = torch.tensor([kind == task for kind in _kinds(pool)])
+def _of_corpus(corpus: TaskCorpus, turn: tuple[str, int], sizes: Sizes, split: str, kind: str) -> Selection:
+    """The task of a setting that has this number, with a pool that holds none of the examples it is judged by."""
+    setting, number = turn
+    (*_, first) = corpus.targets(setting, number + 1, 1, split=split)
+    task, seed = (first.family, first.base, first.format), f"{split} {setting} {number}"
+    own = corpus.pool(sizes.pool // 10, seed=f"own {seed}", tasks=[task])
+    others = [other for other in corpus.tasks("in_domain") if other != task]
+    rest = corpus.pool(sizes.pool, seed=f"rest {seed}", tasks=others).pairs
+    (*_, target) = corpus.targets(setting, number + 1, sizes.task + sizes.held_out, split=split, without=own)
     name = ", ".join((corpus.families[task[0]], corpus.bases[task[1]], corpus.formats[task[2]]))
-    pairs = target.examples.pairs
-    return Selection(setting, name, pool.pairs, mine, pairs[: sizes.task], pairs[sizes.task :])
+    return _posed((setting, name), own.pairs, rest, target.examples.pairs, (sizes, kind))
 
 
-def _joined(one: TaskExamples, other: TaskExamples) -> TaskExamples:
-    labels = (torch.cat([getattr(part, name) for part in (one, other)]) for name in ("family", "base", "format"))
-    return TaskExamples(one.pairs + other.pairs, *labels)
-
-
-def _kinds(examples: TaskExamples) -> list[tuple[int, int, int]]:
-    return list(zip(examples.family.tolist(), examples.base.tolist(), examples.format.tolist(), strict=True))
-
-
-def _selections_by_name(sizes: Sizes, split: str) -> list[Selection]:
+def _selections_by_name(sizes: Sizes, split: str, kind: str) -> list[Selection]:
     few, n = sizes.pool // 10, sizes.task + sizes.held_out
     each = sizes.pool + n
     skipped = each * sizes.targets if split == "test" else 0
@@ -169,11 +165,34 @@ def _selections_by_name(sizes: Sizes, split: str) -> list[Selection]:
     for i in range(sizes.targets):
         setting, other = list(NAMED)[:: 1 if i % 2 == 0 else -1]
         mine, rest = (sets[s][skipped + i * each : skipped + (i + 1) * each] for s in (setting, other))
-        pool = mine[:few] + rest[: sizes.pool - few]
-        own = torch.arange(sizes.pool) < few
-        asked = mine[few : few + n]
-        found.append(Selection(setting, NAMED[setting], pool, own, asked[: sizes.task], asked[sizes.task :]))
+        found.append(_posed((setting, NAMED[setting]), mine[:few], rest, mine[few : few + n], (sizes, kind)))
     return found
+
+
+def _posed(
+    names: tuple[str, str], own: TextPairs, rest: TextPairs, asked: TextPairs, how: tuple[Sizes, str]
+) -> Selection:
+    sizes, kind = how
+    k, right = len(own), len(own)
+    if kind == "wrong_answers":
+        k = right = max(1, len(own) // 2)
+        own = own[:right] + wrong_answers(own)[right:] if len(own) > right else own
+    elif kind == "without_task":
+        right = 0
+    pool = rest[: sizes.pool] if not right else own + rest[: sizes.pool - len(own)]
+    mine = torch.arange(len(pool)) < right
+    return Selection(*names, pool, mine, k, asked[: sizes.task], asked[sizes.task :])
+
+
+def wrong_answers(pairs: TextPairs) -> TextPairs:
+    """The same prompts, each with the next response that is another one. ValueError where all responses are equal."""
+    if len(set(pairs.responses)) < 2:
+        raise ValueError("all responses are equal: there is no wrong one to give")
+    n = len(pairs)
+    others = [
+        next(r for k in range(1, n) if (r := pairs.responses[(i + k) % n]) != pairs.responses[i]) for i in range(n)
+    ]
+    return TextPairs(pairs.prompts, tuple(others))
 
 
 def together(sets: Sequence[TextPairs]) -> TextPairs:

@@ -54,15 +54,32 @@ def test_selections_have_a_tenth_of_the_task_and_share_nothing_with_what_is_held
     for found in by_split.values():
         assert [one.setting for one in found] == [*SETTINGS, SETTINGS[0]]
         for one in found:
-            assert len(one.pool) == len(one.own) == 40 and 4 <= int(one.own.sum()) <= 8
+            assert len(one.pool) == len(one.own) == 40 and int(one.own.sum()) == one.k == 4
             assert (len(one.task), len(one.held_out)) == (5, 6)
             for other in (one.task, one.held_out):
                 assert not one.pool.shared_with(other).any()
             assert not one.task.shared_with(one.held_out).any()
     names = {split: {one.name for one in found} for split, found in by_split.items()}
     assert not names["validation"] & names["test"]
-    with pytest.raises(ValueError, match="unknown split 'train'"):
+    with pytest.raises(ValueError, match="unknown split 'train', expected one of validation, test"):
         selections(folder, "", sizes, split="train")
+    with pytest.raises(ValueError, match="unknown kind 'dirty', expected one of clean, wrong_answers, without_task"):
+        selections(folder, "", sizes, split="test", kind="dirty")
+
+
+def test_pools_with_wrong_answers_and_without_the_task(folder):
+    sizes = Sizes(60, 5, 3, 6)
+    kinds = {kind: selections(folder, "", sizes, split="test", kind=kind) for kind in text_tasks.POOLS}
+    for clean, wrong, without in zip(*kinds.values(), strict=True):
+        assert clean.task == wrong.task == without.task and clean.held_out == without.held_out
+        assert [len(one.pool) for one in (clean, wrong, without)] == [60] * 3
+        assert [(int(one.own.sum()), one.k) for one in (clean, wrong, without)] == [(6, 6), (3, 3), (0, 6)]
+        assert wrong.pool.prompts[:6] == clean.pool.prompts[:6] and wrong.pool.prompts[6:] == clean.pool.prompts[6:]
+        differ = [a != b for a, b in zip(wrong.pool.responses, clean.pool.responses, strict=True)]
+        assert differ == [False] * 3 + [True] * 3 + [False] * 54
+        assert without.pool.pairs[:54] == clean.pool.pairs[6:]
+    with pytest.raises(ValueError, match="all responses are equal"):
+        text_tasks.wrong_answers(text_tasks.TextPairs(["a", "b"], ["x", "x"]))
 
 
 def test_models_and_data_by_name_take_the_same_place(hub):
