@@ -20,6 +20,7 @@ from tda_core.text_pairs import TextPairs
 
 # Data by name: the pool and the tasks of its own kind, and tasks of another kind.
 NAMED = {"in_domain": "alpaca", "other_data": "sst2_train"}
+KINDS = ("family", "base", "format")
 POOLS = ("clean", "wrong_answers", "without_task")
 
 
@@ -40,7 +41,7 @@ class Sizes:
 
 @dataclass(frozen=True, eq=False)
 class Material:
-    """Models, one pool, and tasks by setting. labels: family and format of each pool example, where they are known.
+    """Models, one pool, and tasks by setting. labels: `KINDS` of each pool example, where they are known.
 
     task_labels: the same of each task, in the order of `every`.
     """
@@ -85,8 +86,8 @@ def material(folder: str | Path, model: str, sizes: Sizes) -> Material:
         Template(before="", between=SEPARATOR),
         pool.pairs,
         {setting: tuple(target.examples.pairs for target in found) for setting, found in targets.items()},
-        {"family": pool.family, "format": pool.format},
-        {"family": tuple(t.family for t in every), "format": tuple(t.format for t in every)},
+        {name: getattr(pool, name) for name in KINDS},
+        {name: tuple(getattr(target, name) for target in every) for name in KINDS},
     )
 
 
