@@ -15,8 +15,9 @@ from tda_core.text_pairs import TextPairs
 
 # Tokens of one forward pass: what stays in a CPU's cache, and what keeps a GPU busy.
 CPU_TOKENS, GPU_TOKENS = 4096, 2**16
-# Keys that are copied for a token of a pass on the "prefix" path, at most.
-KEYS = 8
+# Keys that are copied for a token of a pass on the "prefix" path, at most; and floats of keys and values of all layers
+# (1 GB in float32), which bound it for models that are not small.
+KEYS, KEY_FLOATS = 8, 2**28
 # Logits that are held at a time (128 MB in float32).
 LOGITS = 2**25
 
@@ -66,8 +67,11 @@ class Queries:
 
 
 def budget(model: LanguageModel) -> int:
-    """Tokens of one forward pass."""
-    return CPU_TOKENS if model.device.type == "cpu" else GPU_TOKENS
+    """Tokens of one forward pass. Fewer where the logits of all of them have to be held."""
+    most = CPU_TOKENS if model.device.type == "cpu" else GPU_TOKENS
+    if model.has_plain_head:
+        return most
+    return min(most, max(1, LOGITS // model.model.config.get_text_config().vocab_size))
 
 
 def batched(
@@ -99,9 +103,12 @@ def by_prefix(
     """Rows of prefixes and their log-likelihoods (b, m), with each prefix' keys and values computed once."""
     most = budget(model)
     longest = max(len(prefix) for prefix in prefixes)
+    config = model.model.config.get_text_config()
+    keys = min(KEYS * most, KEY_FLOATS // (2 * model.width * config.num_hidden_layers))
     # rows of queries at a time: as many tokens as a pass takes, and not too many copies of a prefix' keys
-    parts = batches_of([max(n, (longest + n) // KEYS) for n in queries.lengths], most)
-    width = max(sum(queries.lengths[j] for j in part) for part in parts)
+    costs = [max(n, (longest + n) * most // max(1, keys)) for n in queries.lengths]
+    parts = batches_of(costs, most)
+    width = max(len(part) * max(costs[j] for j in part) for part in parts)
     for some in batches_of([max(width, len(prefix)) for prefix in prefixes], most):
         ids, real = padded([prefixes[i] for i in some])
         kept = model.model.base_model(input_ids=ids.to(model.device), use_cache=True).cache
@@ -156,12 +163,12 @@ def _one_pack(model: LanguageModel, ids: Tensor, real: Tensor, queries: Queries)
     suffix = torch.tensor(list(chain.from_iterable(queries.tokens)))
     positions = torch.cat([torch.arange(width).expand(b, -1), real.sum(1, keepdim=True) + within], 1)
     # a column of a query sees what is real of the prefix, and of the queries its own up to itself
-    group = torch.cat([torch.full((width,), -1), owner])
+    group = torch.cat([torch.full((width,), -1), owner]).to(model.device)  # where masks, which are large, are made
     together = (group[:, None] == group) | (group == -1)
     seen = (together & torch.ones_like(together).tril()).expand(b, -1, -1).clone()
-    seen[:, width:, :width] &= real[:, None]
-    dtype = model.model.get_input_embeddings().weight.dtype
-    mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+    seen[:, width:, :width] &= real[:, None].to(model.device)
+    lowest = torch.finfo(model.dtype).min
+    mask = torch.zeros(seen.shape, dtype=model.dtype, device=model.device).masked_fill_(~seen, lowest)[:, None]
     inputs = {
         "input_ids": torch.cat([ids, suffix.expand(b, -1)], 1),
         "attention_mask": mask,

@@ -5,7 +5,8 @@
 "packed": many queries stand in one row behind one prefix, under a mask by which they do not see each other.
 
 Positions count from the beginning of each pair's own text on all of them, whatever the row looks like. Pairs that do
-not fit the window, and those whose prompt is empty, take the batched path.
+not fit the window, those whose prompt is empty, and those too long for layers that look back only so far take the
+batched path.
 """
 
 import logging
@@ -55,6 +56,8 @@ def log_likelihoods(
     lengths = torch.tensor([len(p) for p in prefixes])[:, None] + torch.tensor(queries.lengths) + 1
     cut = torch.zeros_like(lengths, dtype=torch.bool) if model.window is None else lengths > model.window
     alone = cut | torch.tensor([not prompt for prompt in queries.prompts])
+    if (half := half_reach(model)) is not None:
+        alone |= (lengths - 1 - torch.tensor(queries.lengths) > half) | (torch.tensor(queries.lengths) > half)
     if path == "auto":
         path = cheapest_path(model, prefixes, queries)
     if path == "batched" or not any(prefixes):
@@ -77,7 +80,19 @@ def log_likelihoods(
 
 def columns_of(model: LanguageModel) -> int:
     """Tokens of queries that are packed in one row: with more, attention costs more than fewer rows save."""
-    return max(64, 2 * model.width)
+    columns, half = max(64, 2 * model.width), half_reach(model)
+    return columns if half is None else min(columns, half)
+
+
+def half_reach(model: LanguageModel) -> int | None:
+    """Half of the columns that the layer with the shortest view looks back over, None where all look back over all.
+
+    Sliding windows and chunks count columns of a row, not a text's own positions, and a mask of our own replaces
+    theirs. So prefixes and queries share rows where each takes at most its half: there every layer sees all.
+    """
+    config = model.model.config.get_text_config()
+    spans = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")]
+    return min((span // 2 for span in spans if span), default=None)
 
 
 def cheapest_path(model: LanguageModel, prefixes: Sequence[list[int]], queries: Queries) -> str:

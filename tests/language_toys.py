@@ -6,9 +6,12 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     GPT2Config,
+    GPTNeoConfig,
     GPTNeoXConfig,
     LlamaConfig,
+    MistralConfig,
     PreTrainedTokenizerFast,
 )
 
@@ -42,6 +45,41 @@ CONFIGS = {
         eos_token_id=1,
     ),
 }
+# Models of which some layers look back over the last 20 columns only.
+NEAR_SIGHTED = {
+    "mistral": lambda n, window: MistralConfig(
+        vocab_size=n,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=4,
+        max_position_embeddings=window,
+        sliding_window=20,
+    ),
+    "gemma2": lambda n, window: Gemma2Config(
+        vocab_size=n,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=4,
+        max_position_embeddings=window,
+        sliding_window=20,
+    ),
+    "gpt_neo": lambda n, window: GPTNeoConfig(
+        vocab_size=n,
+        hidden_size=16,
+        intermediate_size=24,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global", "local"], 1]],
+        window_size=20,
+        max_position_embeddings=window,
+    ),
+}
 
 
 def tokenizer(n: int = VOCABULARY, *, bos: bool = True, words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
@@ -59,7 +97,7 @@ def language_model(
     """An untrained model whose logits are far from flat."""
     torch.manual_seed(seed)
     toy = tokenizer(words=words)
-    model = AutoModelForCausalLM.from_config(CONFIGS[kind](len(toy), window))
+    model = AutoModelForCausalLM.from_config((CONFIGS | NEAR_SIGHTED)[kind](len(toy), window))
     with torch.no_grad():
         for name, value in model.named_parameters():
             if "norm" not in name and "ln_" not in name:

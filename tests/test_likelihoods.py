@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from language_toys import CONFIGS, language_model, text_pairs, words
+from language_toys import CONFIGS, NEAR_SIGHTED, language_model, text_pairs, words
 
 from tda_core import likelihood_paths
 from tda_core.language import LanguageModel
@@ -53,6 +53,46 @@ def test_each_path_agrees_with_one_pair_at_a_time(kind, path, padding):
     found, cut = log_likelihoods(model, prefixes, queries, path=path, padding=padding)
     torch.testing.assert_close(found, one_by_one(model, prefixes, queries), rtol=0, atol=1e-4)
     assert not cut.any() and usable_paths(model) == PATHS
+
+
+@EACH_PATH
+@pytest.mark.parametrize("kind", sorted(NEAR_SIGHTED))
+def test_layers_that_look_back_over_some_columns_only_see_the_same_on_each_path(kind, path):
+    model = language_model(kind)
+    queries = Queries.of(model, text_pairs(6, seed=2) + text_pairs(3, seed=3, prompt=(12, 18)))
+    for longest in (9, 40):
+        prefixes = prefixes_of(model, 6, longest=longest)
+        found, _ = log_likelihoods(model, prefixes, queries, path=path)
+        torch.testing.assert_close(found, one_by_one(model, prefixes, queries), rtol=0, atol=1e-4)
+    assert usable_paths(model) == PATHS
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_memory_of_a_pass_is_bounded(kind, monkeypatch):
+    model = language_model(kind)
+    prefixes, queries = prefixes_of(model, 12, longest=9), Queries.of(model, text_pairs(12, seed=5))
+    floats, per_key = 2**13, 2 * model.width * 2  # keys and values of two layers
+    monkeypatch.setattr(likelihood_paths, "KEY_FLOATS", floats)
+    monkeypatch.setattr(likelihood_paths, "LOGITS", 60 * 40)
+    held, passed = [], []
+    behind, scores = likelihood_paths._behind, likelihood_paths.token_scores
+
+    def watched_behind(model, kept, real, some):
+        held.append(len(real) * len(some) * (real.shape[1] + max(some.lengths)) * per_key)
+        return behind(model, kept, real, some)
+
+    def watched_scores(model, inputs, *args):
+        passed.append(inputs["input_ids"].numel())
+        return scores(model, inputs, *args)
+
+    monkeypatch.setattr(likelihood_paths, "_behind", watched_behind)
+    monkeypatch.setattr(likelihood_paths, "token_scores", watched_scores)
+    for path in PATHS:
+        found, _ = log_likelihoods(model, prefixes, queries, path=path)
+        torch.testing.assert_close(found, one_by_one(model, prefixes, queries), rtol=0, atol=1e-4)
+    assert max(held) <= floats and len(held) > 1
+    # all logits are held only where the head cannot be applied to some positions alone
+    assert model.has_plain_head or max(passed) <= 80
 
 
 @EACH_PATH
