@@ -51,7 +51,7 @@ def fine_tune(model: LanguageModel, train: TextPairs, setting: FineTuning, *, se
     The order is shuffled anew in every pass; a set smaller than the steps need is passed over again.
     """
     module = copy.deepcopy(model.model).train()
-    examples = model.on_device(model.examples(train))
+    examples = model.examples(train)
     optimiser = torch.optim.AdamW(module.parameters(), setting.learning_rate, weight_decay=setting.weight_decay)
     rows = batch_rows(len(train), setting, seed=seed)
     for step in range(setting.steps):

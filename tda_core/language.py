@@ -6,6 +6,7 @@ parts (demonstration, prompt, response): what a part becomes does not depend on 
 
 import copy
 import fnmatch
+import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,8 @@ from tda_core.text_pairs import TextPairs
 REDUCTIONS = {"sum": sequence_cross_entropy, "mean": mean_sequence_cross_entropy}
 # Tokens of one forward pass over texts of all lengths: larger batches are no faster on a CPU, and take more memory.
 BATCH_TOKENS = 4096
+# What a configuration says of where a model comes from, not of what it computes.
+PROVENANCE = ("_name_or_path", "architectures", "dtype", "transformers_version")
 
 
 class ModelUnavailable(RuntimeError):
@@ -74,12 +77,14 @@ class LanguageModel:
         device: "cpu", "cuda", ..., or "auto" to spread a large model over what there is (`device_map`); default the
         GPU, if there is one. dtype: default bfloat16 on a GPU and float32 elsewhere. Raises ModelUnavailable, which
         says what to do, where the name is unknown here and the hub out of reach, and ValueError for a model that is
-        no causal language model.
+        no causal language model or comes without a tokenizer.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or (torch.float32 if device == "cpu" or not torch.cuda.is_available() else torch.bfloat16)
+        part = "no tokenizer that can be read"
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+            part = "no causal language model"
             model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype, device_map=device)
         except OSError as error:
             raise ModelUnavailable(
@@ -88,7 +93,7 @@ class LanguageModel:
                 "machine and pass the folder's path here, or copy the cache and point HF_HOME to it"
             ) from error
         except ValueError as error:
-            raise ValueError(f"{str(name)!r} is not a causal language model: {error}") from error
+            raise ValueError(f"{str(name)!r} holds {part}: {error}") from error
         return cls(model, tokenizer)
 
     def save(self, folder: str | Path) -> None:
@@ -118,13 +123,16 @@ class LanguageModel:
 
     @cached_property
     def window(self) -> int | None:
-        return getattr(self.model.config, "max_position_embeddings", None)
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     @cached_property
     def start(self) -> tuple[int, ...]:
-        added = tuple(self.tokenizer("")["input_ids"])
-        closing = self.tokenizer.eos_token_id
-        return added[:-1] if len(added) > 1 and added[-1] == closing else added
+        ids = sorted(set(self.tokenizer.get_vocab().values()) - set(self.tokenizer.all_special_ids))
+        text = next(text for text in (self.tokenizer.decode([i]) for i in ids) if text.strip())  # which it surely knows
+        plain, whole = (self.tokenizer(text, add_special_tokens=add)["input_ids"] for add in (False, True))
+        places = range(len(whole) - len(plain) + 1)
+        first = next((i for i in places if whole[i : i + len(plain)] == plain), 0)
+        return tuple(whole[:first])  # what it puts behind a text is left out
 
     @cached_property
     def has_plain_head(self) -> bool:
@@ -136,13 +144,18 @@ class LanguageModel:
         with torch.no_grad():
             logits = self.model(input_ids=tokens, use_cache=False).logits
             hidden = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-            return hidden.shape[-1] == head.weight.shape[-1] and torch.equal(head(hidden), logits)
+            fits = hidden.shape[-1] == head.weight.shape[-1] and hidden.dtype == head.weight.dtype
+            return fits and torch.equal(head(hidden), logits)
 
     @cached_property
     def identity(self) -> str:
-        """Hash of the weights and the vocabulary: what results are keyed by."""
-        vocabulary = "\n".join(f"{token} {i}" for token, i in sorted(self.tokenizer.get_vocab().items()))
-        as_bytes = torch.frombuffer(bytearray(vocabulary.encode("utf-8", "surrogatepass")), dtype=torch.uint8)
+        """Hash of weights, configuration and tokenizer (vocabulary, rules and start): what results are keyed by."""
+        config = {k: v for k, v in self.model.config.to_dict().items() if k not in PROVENANCE}
+        rules = getattr(self.tokenizer, "backend_tokenizer", None)  # merges and the like, where the library shows them
+        rules = {} if rules is None else json.loads(rules.to_str()) | {"truncation": None, "padding": None}
+        parts = [config, sorted(self.tokenizer.get_vocab().items()), rules, self.start]
+        text = json.dumps(parts, sort_keys=True, default=str)
+        as_bytes = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
         return hash_of([*self.model.state_dict().values(), as_bytes])[:16]
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
@@ -163,19 +176,27 @@ class LanguageModel:
     def examples(self, pairs: TextPairs) -> Examples:
         """Pairs as sequences: inputs (n, T) tokens padded on the right, targets (n, T) the response's tokens alone.
 
-        A prompt that is too long loses its beginning. Raises ValueError for a response longer than the window.
+        On the model's device. Prompts that are too long lose their beginning, with one warning that counts them.
+        Raises ValueError for a response longer than the window.
         """
-        rows = []
+        rows, n_cut = [], 0
         for i, (prompt, response) in enumerate(zip(*self.split(pairs), strict=True)):
-            before, _ = cut_left([*self.start, *prompt], response, self.window, f"responses[{i}]")
-            before = before or [self.empty_context]
+            before, cut = cut_left([*self.start, *prompt], response, self.window, f"responses[{i}]")
+            before, n_cut = before or [self.empty_context], n_cut + (cut > 0)
             row = torch.tensor([*before, *response])
             labels = row.clone()
             labels[: len(before)] = IGNORED
             rows.append((row[:-1], labels[1:]))
         pad = nn.utils.rnn.pad_sequence
+        if n_cut:
+            warnings.warn(
+                f"{n_cut} of {len(pairs)} pairs are longer than the model's window of {self.window} tokens and have "
+                "lost their beginning",
+                stacklevel=2,
+            )
         inputs = pad([tokens for tokens, _ in rows], batch_first=True)
-        return Examples(inputs, pad([labels for _, labels in rows], batch_first=True, padding_value=IGNORED))
+        targets = pad([labels for _, labels in rows], batch_first=True, padding_value=IGNORED)
+        return Examples(inputs.to(self.device), targets.to(self.device))
 
     @property
     def empty_context(self) -> int:
@@ -186,16 +207,17 @@ class LanguageModel:
         raise ValueError("a prompt is empty, and this tokenizer has neither a bos nor an eos token to begin with")
 
     def token_losses(self, examples: Examples) -> Tensor:
-        """Loss in nats of each labelled token, 0 elsewhere: (n, T). Batched by length."""
+        """Loss in nats of each labelled token, 0 elsewhere: (n, T) on the CPU. Batched by length."""
         found = torch.zeros(examples.targets.shape)
-        lengths = (examples.targets != IGNORED).long().mul(torch.arange(examples.targets.shape[1])).amax(1) + 1
+        labelled = examples.targets != IGNORED
+        lengths = lengths_of(examples)
         for rows in batches_of(lengths.tolist(), BATCH_TOKENS):
             part = slice(0, int(lengths[rows].max()))
-            inputs, targets = examples.inputs[rows, part].to(self.device), examples.targets[rows, part].to(self.device)
+            inputs, targets, own = (of_all[rows, part] for of_all in (examples.inputs, examples.targets, labelled))
             with torch.no_grad():
-                logits = self.model(input_ids=inputs, use_cache=False).logits.float()
-            losses = nn.functional.cross_entropy(logits.mT, targets, reduction="none", ignore_index=IGNORED)
-            found[rows, part] = losses.cpu()
+                logits = self.model(input_ids=inputs.to(self.device), use_cache=False).logits[own.to(self.device)]
+            losses = nn.functional.cross_entropy(logits.float(), targets[own].to(self.device), reduction="none")
+            found[rows, part] = torch.zeros(own.shape).masked_scatter_(own.cpu(), losses.cpu())
         if not torch.isfinite(found).all():
             bad = int((~torch.isfinite(found)).any(1).nonzero()[0])
             raise ValueError(f"the loss of example {bad} is NaN or infinite")
@@ -206,7 +228,7 @@ class LanguageModel:
         _reduction(reduction)
         examples = self.examples(pairs)
         total = self.token_losses(examples).sum(1)
-        return total / (examples.targets != IGNORED).sum(1) if reduction == "mean" else total
+        return total / (examples.targets != IGNORED).sum(1).cpu() if reduction == "mean" else total
 
     def problem(
         self, train: TextPairs, parameters: Sequence[str] = ("*weight",), *, reduction: str = "mean"
@@ -226,13 +248,10 @@ class LanguageModel:
             theta = torch.cat([own[name].detach().flatten() for name in own if name in names])
             module = copy.deepcopy(Logits(self.model))
             module.model.set_attn_implementation("eager")  # forward-mode derivatives do not go through fused kernels
-            return Problem(module, theta, loss, self.on_device(self.examples(train)))
+            return Problem(module, theta, loss, self.examples(train))
         finally:
             for name, value in own.items():
                 value.requires_grad_(held[name])
-
-    def on_device(self, examples: Examples) -> Examples:
-        return Examples(examples.inputs.to(self.device), examples.targets.to(self.device))
 
     def attributable(self, parameters: Sequence[str] = ("*weight",)) -> set[str]:
         """Parameters of attention and MLP layers that fit the patterns. ValueError where none does."""
@@ -280,6 +299,12 @@ def cut_left(before: list[int], response: list[int], window: int | None, name: s
     if room < 1:
         raise ValueError(f"{name} has {len(response)} tokens, which do not fit the model's window of {window}")
     return before[-room:], len(before) - room
+
+
+def lengths_of(examples: Examples) -> Tensor:
+    """Tokens of each sequence up to its last label: (n,) int64 on the CPU."""
+    labelled = (examples.targets != IGNORED).cpu()
+    return ((torch.arange(labelled.shape[1]) + 1) * labelled).amax(1)
 
 
 def batches_of(lengths: Sequence[int], budget: int) -> list[list[int]]:

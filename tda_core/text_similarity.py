@@ -11,8 +11,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor
 from torch.nn import functional as F
 
-from tda_core.examples import IGNORED
-from tda_core.language import BATCH_TOKENS, LanguageModel, batches_of
+from tda_core.language import BATCH_TOKENS, LanguageModel, batches_of, lengths_of
 from tda_core.text_pairs import TextPairs
 
 # Words, and every other sign that is not a space: a response of "?" alone must count.
@@ -79,10 +78,10 @@ def embeddings(model: LanguageModel, pairs: TextPairs) -> Tensor:
     """Mean last hidden state over prompt and response, scaled to length 1: (n, d)."""
     examples = model.examples(pairs)
     places = torch.arange(examples.inputs.shape[1])
-    lengths = ((examples.targets != IGNORED) * (places + 1)).amax(1)
+    lengths = lengths_of(examples)
     found = torch.empty(len(pairs), model.width)
     for rows in batches_of(lengths.tolist(), BATCH_TOKENS):
-        inputs = examples.inputs[rows, : int(lengths[rows].max())].to(model.device)
+        inputs = examples.inputs[rows, : int(lengths[rows].max())]
         with torch.no_grad():
             hidden = model.model.base_model(input_ids=inputs, use_cache=False).last_hidden_state.float().cpu()
         real = (places[: inputs.shape[1]] < lengths[rows, None])[..., None]

@@ -3,7 +3,15 @@
 import pytest
 import torch
 from language_toys import CONFIGS, VOCABULARY, language_model, text_pairs, tokenizer
-from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, T5Config, T5ForConditionalGeneration
+from tokenizers import normalizers, processors
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
+    MambaConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from tda_core.examples import IGNORED
 from tda_core.gradients import gradient_dot
@@ -120,8 +128,53 @@ def test_models_that_are_not_causal_are_refused(tmp_path):
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, d_model=16, d_ff=16, num_layers=1, num_heads=2))
     t5.save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is not a causal language model"):
+    with pytest.raises(ValueError, match="holds no causal language model"):
         LanguageModel.load(tmp_path)
+
+
+def test_a_folder_without_a_tokenizer_says_so(tmp_path):
+    language_model().model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds no tokenizer that can be read"):
+        LanguageModel.load(tmp_path)
+
+
+@pytest.mark.parametrize(("form", "start"), [("<s> $A", (1,)), ("$A <s>", ()), ("<s> $A <s>", (1,))])
+@pytest.mark.parametrize("knows_every_word", [True, False])
+def test_what_a_tokenizer_puts_before_texts_is_their_start_and_what_it_puts_behind_is_not(
+    form, start, knows_every_word
+):
+    ours = tokenizer()
+    if not knows_every_word:
+        ours.backend_tokenizer.model.unk_token = "<none>"
+    ours.backend_tokenizer.post_processor = processors.TemplateProcessing(single=form, special_tokens=[("<s>", 1)])
+    model = LanguageModel(language_model().model, ours)
+    assert model.start == start
+    assert model.examples(TextPairs(["w3"], ["w4 w5"])).inputs.tolist() == [[*start, 3, 4]]
+    assert model.identity != language_model().identity
+
+
+def test_results_of_another_configuration_or_tokenizer_have_another_key():
+    plain = language_model()
+    config = CONFIGS["llama"](VOCABULARY, 64)
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 77.0}
+    turned = AutoModelForCausalLM.from_config(config)
+    turned.load_state_dict(plain.model.state_dict())
+    lower = tokenizer()
+    lower.backend_tokenizer.normalizer = normalizers.Lowercase()
+    found = [
+        LanguageModel(plain.model, tokenizer()),
+        LanguageModel(turned, tokenizer()),
+        LanguageModel(plain.model, lower),
+    ]
+    assert found[0].identity == plain.identity and len({model.identity for model in found}) == 3
+    assert not torch.allclose(found[0].losses(PAIRS), found[1].losses(PAIRS))
+
+
+def test_a_head_in_another_type_than_the_hidden_states_is_not_applied_alone():
+    mamba = AutoModelForCausalLM.from_config(
+        MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, state_size=4)
+    )
+    assert not LanguageModel(mamba.to(torch.bfloat16), tokenizer()).has_plain_head
 
 
 def test_a_vocabulary_that_does_not_fit_and_broken_weights_are_refused():
@@ -137,7 +190,10 @@ def test_a_vocabulary_that_does_not_fit_and_broken_weights_are_refused():
 def test_contexts_lose_their_beginning_and_responses_must_fit():
     model = language_model(window=16)
     long = TextPairs(["w3 " * 40 + "w5 w6"], [" w7 w8"])
-    examples = model.examples(long)
+    with pytest.warns(UserWarning, match="1 of 2 pairs are longer than the model's window of 16 tokens"):
+        model.losses(long + PAIRS[:1])
+    with pytest.warns(UserWarning, match="1 of 1 pairs are longer"):
+        examples = model.examples(long)
     assert examples.inputs.shape == (1, 15) and examples.inputs[0, -3:].tolist() == [5, 6, 7]
     assert cut_left([1, 2, 3, 4], [5, 6], 5, "it") == ([2, 3, 4], 1)
     assert cut_left([1, 2, 3, 4], [5, 6], None, "it") == ([1, 2, 3, 4], 0)
