@@ -48,9 +48,10 @@ class FineTuning:
 def fine_tune(model: LanguageModel, train: TextPairs, setting: FineTuning, *, seed: int) -> LanguageModel:
     """A copy of the model, fine-tuned on the responses of these pairs (mean loss a token, mean over a batch).
 
-    The order is shuffled anew in every pass; a set smaller than the steps need is passed over again.
+    The order is shuffled anew in every pass; a set smaller than the steps need is passed over again. In float32, as
+    small steps are lost in the rounding of shorter types, and without dropout: the seed decides the order alone.
     """
-    module = copy.deepcopy(model.model).train()
+    module = copy.deepcopy(model.model).float()
     examples = model.examples(train)
     optimiser = torch.optim.AdamW(module.parameters(), setting.learning_rate, weight_decay=setting.weight_decay)
     rows = batch_rows(len(train), setting, seed=seed)
@@ -61,7 +62,7 @@ def fine_tune(model: LanguageModel, train: TextPairs, setting: FineTuning, *, se
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    return replace(model, model=module.eval())
+    return replace(model, model=module)
 
 
 def batch_rows(n: int, setting: FineTuning, *, seed: int) -> Tensor:
@@ -109,7 +110,8 @@ class Selections:
     ) -> dict[str, Tensor]:
         """Mean loss a token (nats) on the held-out pairs after fine-tuning on each choice: name -> (n_seeds,).
 
-        Runs go side by side, one thread each; with a store, a stopped comparison goes on where it stopped.
+        Runs go side by side, one thread each, on a GPU one by one; with a store, a stopped comparison goes on where it
+        stopped.
         """
         jobs = [(name, seed) for name in self.chosen for seed in seeds]
         key = {"model": model.identity, "held_out": held_out.hash, "setting": setting}
@@ -125,7 +127,8 @@ class Selections:
             return float(kept["loss"])
 
         with one_thread():
-            parallel = joblib.Parallel(-1, backend="threading", return_as="generator")
+            n_jobs = -1 if model.device.type == "cpu" else 1
+            parallel = joblib.Parallel(n_jobs, backend="threading", return_as="generator")
             done = parallel(joblib.delayed(run)(*job) for job in jobs)
             found = list(tqdm(done, total=len(jobs), desc="fine-tuning", leave=False))
         return {

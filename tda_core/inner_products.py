@@ -16,8 +16,9 @@ g_q, g_z: gradients of a query's and of a training example's loss. With s_k the 
 Sources: Jiao et al. 2025 (arXiv 2407.12259) and its released code for the clamp, the logarithms and both sign rules.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -31,8 +32,9 @@ from tda_core.store import load_tensors, save_tensors
 
 KINDS = ("dot", "cosine", "released_log", "released_signed_log", "adam_dot", "less", "damped")
 CLAMP = (1e-4, 1.0)
+HALVES = (torch.bfloat16, torch.float16)
 EPSILON = 1e-8
-# Floats of training gradients that are held for a second use (4 GB); more are computed again.
+# Floats of training gradients that are held for a second use (4 GB), more are computed again; and those of one chunk.
 HELD = 2**30
 
 
@@ -42,8 +44,9 @@ class GradientProducts:
 
     damping: of "damped" alone, in units of the mean squared norm of a training gradient over n, which is the mean
     eigenvalue of G'G / n among the n directions that it spans. unit: what gradients are multiplied with before the
-    clamp of the released rules, whose order depends on it: a logarithm changes its sign where s_k passes 1. Raises
-    ValueError for a damping or a unit that is not positive.
+    clamp of the released rules, whose order depends on it: a logarithm changes its sign where s_k passes 1. Gradients
+    in a half-precision type are multiplied and summed in float32. Raises ValueError for a damping or a unit that is
+    not positive.
     """
 
     problem: Problem
@@ -65,7 +68,7 @@ class GradientProducts:
         for kind in kinds:
             if kind not in KINDS:
                 raise ValueError(f"unknown kind {kind!r}, expected one of {KINDS}")
-        goals = self.problem.gradients(queries, chunk_size=self.chunk_size)
+        goals = _single(self.problem.gradients(queries, chunk_size=self._chunk))
         simple = [kind for kind in kinds if kind != "damped"]
         found = {kind: [] for kind in simple}
         if simple:
@@ -92,26 +95,30 @@ class GradientProducts:
     def _by_tensor(self, goals: Tensor, part: Tensor) -> list[Tensor]:
         return [goals[:, place] @ part[:, place].T for place in self.problem.offsets.values()]
 
-    def _training_gradients(self):
+    @property
+    def _chunk(self) -> int:
+        """Examples whose gradients are taken at a time."""
+        return max(1, min(self.chunk_size, HELD // self.problem.n_parameters))
+
+    def _training_gradients(self) -> Iterator[Tensor]:
         if self._held is not None:
-            yield from self._held.split(self.chunk_size)
+            yield from map(_single, self._held.split(self._chunk))
             return
-        for rows in tqdm(
-            torch.arange(len(self.problem.train)).split(self.chunk_size), desc="training gradients", leave=False
-        ):
-            yield self.problem.gradients(self.problem.train[rows], chunk_size=self.chunk_size)
+        chunks = torch.arange(len(self.problem.train)).split(self._chunk)
+        for rows in tqdm(chunks, desc="training gradients", leave=False):
+            yield _single(self.problem.gradients(self.problem.train[rows]))
 
     @cached_property
     def _held(self) -> Tensor | None:
         """All training gradients (n, p), where they fit."""
         if len(self.problem.train) * self.problem.n_parameters > HELD:
             return None
-        return self.problem.gradients(self.problem.train, chunk_size=self.chunk_size)
+        return self.problem.gradients(self.problem.train, chunk_size=self._chunk)
 
     @cached_property
     def second_moment(self) -> Tensor:
         """Mean squared training gradient, entry by entry: (p,)."""
-        total = torch.zeros_like(self.problem.theta)
+        total = torch.zeros_like(_single(self.problem.theta))
         for part in self._training_gradients():
             total += part.square().sum(0)
         return total / len(self.problem.train)
@@ -147,7 +154,7 @@ class GradientProducts:
             raise ValueError(f"{path} does not hold gradient products, but {sorted(found)}")
         problem.check_identity(path, found["made_for"])
         loaded = cls(problem, **found["gradient_products"])
-        loaded.__dict__["second_moment"] = tensors["second_moment"].to(problem.theta)
+        loaded.__dict__["second_moment"] = tensors["second_moment"].to(problem.theta.device)
         return loaded
 
 
@@ -155,16 +162,23 @@ def one_step_changes(problem: Problem, queries: Examples, rate: float, rows: Ten
     """How far each query's loss falls by one gradient step on one training example: (n_query, k), in nats.
 
     rate: of the step theta - rate g_z, which all methods here stand for. rows: (k,) training examples, default all.
-    Raises ValueError for a rate that is not positive.
+    A model in a half-precision type is copied to float32: small steps would be lost in its rounding. Raises ValueError
+    for a rate that is not positive.
     """
     if not rate > 0:
         raise ValueError(f"rate must be positive, got {rate}")
     rows = torch.arange(len(problem.train)) if rows is None else rows
+    if problem.theta.dtype in HALVES:
+        problem = replace(problem, module=copy.deepcopy(problem.module).float(), theta=problem.theta.float())
     before, changes = problem.losses(queries), []
     for row in tqdm(rows.tolist(), desc="one step on each example", leave=False):
         step = problem.gradients(problem.train[row : row + 1])[0]
         changes.append(before - problem.losses(queries, problem.theta - rate * step))
     return torch.stack(changes, 1)
+
+
+def _single(values: Tensor) -> Tensor:
+    return values.float() if values.dtype in HALVES else values
 
 
 def _clamped(gradients: Tensor) -> Tensor:

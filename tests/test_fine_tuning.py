@@ -11,6 +11,7 @@ from language_toys import language_model, text_pairs
 
 from tda_core import fine_tuning
 from tda_core.fine_tuning import FineTuning, Selections, batch_rows, fine_tune, top_rows
+from tda_core.language import LanguageModel
 from tda_core.store import Store
 
 MODEL, POOL, HELD_OUT = language_model(), text_pairs(8), text_pairs(3, seed=4)
@@ -37,6 +38,20 @@ def test_fine_tuning_is_a_plain_loop_of_adamw():
         torch.testing.assert_close(tuned.model.get_parameter(name), value, rtol=1e-3, atol=1e-4)
     assert not tuned.model.training and tuned.identity != MODEL.identity == language_model().identity
     assert fine_tune(MODEL, POOL, SETTING, seed=5).identity == tuned.identity
+
+
+def test_dropout_is_off_and_half_precision_left():
+    gpt2 = language_model("gpt2")  # which has dropout
+    tuned = [fine_tune(gpt2, POOL, SETTING, seed=5) for _ in range(2)]
+    assert tuned[0].identity == tuned[1].identity != gpt2.identity
+    short = LanguageModel(language_model().model.bfloat16(), MODEL.tokenizer)
+    small = FineTuning(steps=3, batch_size=2, learning_rate=1e-6)
+    moved = fine_tune(short, POOL, small, seed=5)
+    assert moved.dtype == torch.float32
+    for name, value in short.model.named_parameters():
+        if "layers" in name and value.ndim == 2:
+            change = (moved.model.get_parameter(name) - value).detach().abs()
+            assert 0 < float(change.max()) < 1e-5
 
 
 @given(n=st.integers(1, 9), steps=st.integers(1, 6), batch=st.integers(1, 5), seed=st.integers(0, 99))

@@ -1,5 +1,6 @@
 """Inner products of gradients, against plain loops over examples and tensors."""
 
+import copy
 import math
 
 import pytest
@@ -11,6 +12,7 @@ from toys import random_problem
 
 from tda_core import inner_products
 from tda_core.inner_products import KINDS, GradientProducts, one_step_changes
+from tda_core.language import LanguageModel
 from tda_core.problem import Problem
 
 MODEL = language_model()
@@ -101,6 +103,25 @@ def test_a_small_step_changes_losses_as_the_inner_product_says():
     large = one_step_changes(PROBLEM, QUERIES, 0.5, rows[:1])[:, 0]
     theta = PROBLEM.theta - 0.5 * G[7].float()
     torch.testing.assert_close(large, PROBLEM.losses(QUERIES) - PROBLEM.losses(QUERIES, theta), rtol=1e-4, atol=1e-5)
+
+
+def test_half_precision_is_left_where_rounding_would_decide():
+    short = language_model(seed=2)
+    with torch.no_grad():
+        for value in short.model.parameters():
+            value.mul_(0.3)
+    short = LanguageModel(short.model.bfloat16(), short.tokenizer)
+    exact = LanguageModel(copy.deepcopy(short.model).float(), short.tokenizer)
+    pool, queries = text_pairs(20), text_pairs(4, seed=1)
+    rows = torch.arange(8)
+    halved, whole = (one_step_changes(m.problem(pool), m.examples(queries), 1e-3, rows) for m in (short, exact))
+    torch.testing.assert_close(halved, whole)
+    products = GradientProducts(short.problem(pool))
+    g, q = (products.problem.gradients(e).float() for e in (products.problem.train, short.examples(queries)))
+    found = products.all_scores(short.examples(queries), ("dot", "adam_dot"))
+    torch.testing.assert_close(found["dot"], q @ g.T)
+    adam = g / (g.square().mean(0).sqrt() + inner_products.EPSILON)
+    torch.testing.assert_close(found["adam_dot"], q @ adam.T, rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_saved_is_loaded(tmp_path):
