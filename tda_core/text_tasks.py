@@ -181,8 +181,9 @@ def _posed(
     elif kind == "without_task":
         right = 0
     pool = rest[: sizes.pool] if not right else own + rest[: sizes.pool - len(own)]
-    mine = torch.arange(len(pool)) < right
-    return Selection(*names, pool, mine, k, asked[: sizes.task], asked[sizes.task :])
+    # shuffled, alike for all kinds: equal scores are ranked by row, which must not be where the task's own are
+    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(int(asked.hash[:8], 16)))
+    return Selection(*names, pool[order], order < right, k, asked[: sizes.task], asked[sizes.task :])
 
 
 def wrong_answers(pairs: TextPairs) -> TextPairs:
