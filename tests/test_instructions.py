@@ -38,8 +38,8 @@ def test_alpaca_leaves_out_an_empty_input_and_counts_empty_responses(tmp_path):
     with pytest.warns(UserWarning, match="a.json: 1 of 3 rows have no response"):
         pairs = read_pairs(path, ALPACA)
     assert pairs.pairs == (
-        ("Instruction: Add two numbers. Input: 45 + 86 Response:", "131"),
-        ("Instruction: Say hello. Response:", "Hello!\u2028Welcome."),
+        ("Instruction: Add two numbers. Input: 45 + 86 Response:", " 131"),
+        ("Instruction: Say hello. Response:", " Hello!\u2028Welcome."),
     )
 
 
@@ -53,9 +53,11 @@ def test_the_three_kinds_of_file_hold_the_same(tmp_path):
         written(tmp_path, "a.csv", "\ufeff" + csv_text),
     ]
     read = [read_pairs(path, SENTIMENT) for path in paths_]
-    assert read[0].pairs[0] == ('Review: A "fine" film,\nreally. {1} Sentiment:', "positive")
+    assert read[0].pairs[0] == ('Review: A "fine" film,\nreally. {1} Sentiment:', " positive")
     assert read[0] == read[1] == read[2]
-    assert read_pairs(paths_[1], Form(("{text}",), "label")).responses == ("1", "0"), "numbers become text"
+    assert read_pairs(paths_[1], Form(("{text}",), "label")).responses == (" 1", " 0"), "numbers become text"
+    assert read_pairs(paths_[1], Form((), "label_text")).pairs == (("", "positive"), ("", "negative"))
+    assert read_pairs(paths_[1], Form(("Is it good?\n",), "label_text")).responses == ("positive", "negative")
 
 
 def test_line_separators_inside_a_text_do_not_end_a_line(tmp_path):
@@ -112,7 +114,7 @@ def test_the_hub_is_asked_for_the_pinned_file(folder, tmp_path, monkeypatch):
         return shutil.copy(source, tmp_path / "cached.json")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert load_pairs("alpaca").responses == ("131", "Hello!\u2028Welcome.")
+    assert load_pairs("alpaca").responses == (" 131", " Hello!\u2028Welcome.")
     assert asked == [
         ("tatsu-lab/alpaca", "alpaca_data.json", {"repo_type": "dataset", "revision": HUB["alpaca"].revision})
     ]

@@ -32,7 +32,8 @@ class Form:
     """How a row's columns become a pair.
 
     prompt: parts such as "Instruction: {instruction}", each with one column or more in braces, joined by a space; a
-    part whose columns are all empty in a row is left out of that row's prompt. response: the name of a column.
+    part whose columns are all empty in a row is left out of that row's prompt. response: the name of a column, whose
+    text follows a prompt after a space: what is scored behind "Sentiment:" is " positive".
     Raises ValueError for no response.
     """
 
@@ -54,6 +55,12 @@ class Form:
         """The prompt of one row."""
         kept = [part for part in self.prompt if not _columns_of(part) or any(row[c].strip() for c in _columns_of(part))]
         return " ".join(part.format_map(row) for part in kept)
+
+    def pair_of(self, row: Mapping[str, str]) -> tuple[str, str]:
+        """Prompt and response of one row."""
+        prompt, response = self.prompt_of(row), row[self.response]
+        apart = not prompt or prompt[-1].isspace() or response[0].isspace()
+        return prompt, response if apart else f" {response}"
 
 
 @dataclass(frozen=True)
@@ -120,7 +127,7 @@ def read_pairs(path: str | Path, form: Form) -> TextPairs:
     if len(kept) < len(texts):
         dropped = len(texts) - len(kept)
         warnings.warn(f"{path.name}: {dropped} of {len(texts)} rows have no response and are left out", stacklevel=2)
-    return TextPairs(tuple(form.prompt_of(row) for row in kept), tuple(row[form.response] for row in kept))
+    return TextPairs(*zip(*(form.pair_of(row) for row in kept), strict=True))
 
 
 def fetch(file: HubFile) -> Path:
