@@ -23,6 +23,8 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 TARGETS = ("loss", "margin", "output")
 # Floats of activations that one vectorised product holds at a time: about what fits the cache (16 MB).
 CHUNK_FLOATS = 2**22
+# Floats of a sequence model's outputs, one a position and token of the vocabulary, that are held at a time (1 GB).
+OUTPUT_FLOATS = 2**28
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,8 +127,11 @@ class Problem:
     def losses(self, examples: Examples, theta: Tensor | None = None) -> Tensor:
         """Per-example losses (n,)."""
         self.check(examples)
+        parts = zip(
+            *(of_all.split(self._rows(examples)) for of_all in (examples.inputs, examples.targets)), strict=True
+        )
         with torch.no_grad():
-            return self.loss(self.outputs(examples.inputs, theta), examples.targets)
+            return torch.cat([self.loss(self.outputs(inputs, theta), targets) for inputs, targets in parts])
 
     def margins(self, examples: Examples, theta: Tensor | None = None) -> Tensor:
         """Per-example margins log(p_y / (1 - p_y)) (n,), for classifiers."""
@@ -209,7 +214,8 @@ class Problem:
         _check_target(target)
         if play := self.recordings.get((len(examples), target)):
             return play(self.typed(examples.inputs), examples.targets)
-        parts = zip(examples.inputs.split(chunk_size), examples.targets.split(chunk_size), strict=True)
+        size = min(chunk_size, self._rows(examples))
+        parts = zip(examples.inputs.split(size), examples.targets.split(size), strict=True)
         if self.flow_layers is None:
             found = [self.gradients_one_by_one(*part, target) for part in parts]
         else:
@@ -333,6 +339,12 @@ class Problem:
     def n_outputs(self) -> int:
         with torch.no_grad():
             return self.outputs(self.train.inputs[:1]).shape[-1]
+
+    def _rows(self, examples: Examples) -> int:
+        """How many examples' outputs are held at a time: all of them, but of a sequence model."""
+        if not examples.is_sequence:
+            return len(examples)
+        return max(1, OUTPUT_FLOATS // (examples.inputs.shape[1] * self.n_outputs))
 
     def _check_directions(self, directions: Tensor) -> Tensor:
         if directions.ndim != 2 or directions.shape[1] != self.n_parameters or len(directions) == 0:

@@ -92,6 +92,18 @@ def test_a_language_model_is_a_problem_like_any_other():
         problem.head()
 
 
+def test_outputs_of_a_few_sequences_are_held_at_a_time(monkeypatch):
+    model = language_model()
+    tuned = model.problem(PAIRS, ["*.1.*weight"])
+    losses, gradients = tuned.losses(tuned.train), tuned.gradients(tuned.train)
+    monkeypatch.setattr("tda_core.problem.OUTPUT_FLOATS", 2 * VOCABULARY * tuned.train.inputs.shape[1])
+    sizes = []
+    tuned.placed.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    torch.testing.assert_close(tuned.losses(tuned.train), losses)
+    torch.testing.assert_close(tuned.gradients(tuned.train), gradients)
+    assert sizes == [2, 2, 2, 2, 1] * 2
+
+
 def test_parameters_of_a_problem_go_back_into_the_model():
     model = language_model()
     problem = model.problem(PAIRS, ["*.1.*weight"], reduction="sum")
