@@ -34,7 +34,8 @@ KINDS = ("dot", "cosine", "released_log", "released_signed_log", "adam_dot", "le
 CLAMP = (1e-4, 1.0)
 HALVES = (torch.bfloat16, torch.float16)
 EPSILON = 1e-8
-# Floats of training gradients that are held for a second use (4 GB), more are computed again; and those of one chunk.
+# Floats of gradients that are held (4 GB): of all training examples, which are computed anew where they are more; of
+# the queries of one pass over them; and of a chunk.
 HELD = 2**30
 
 
@@ -64,27 +65,30 @@ class GradientProducts:
         return self.all_scores(queries, (kind,))[kind]
 
     def all_scores(self, queries: Examples, kinds: Sequence[str] = KINDS) -> dict[str, Tensor]:
-        """Scores by kind, for one pass over the training set. Raises ValueError for an unknown kind."""
+        """Scores by kind, for one pass over the training set a block of queries. ValueError for an unknown kind."""
         for kind in kinds:
             if kind not in KINDS:
                 raise ValueError(f"unknown kind {kind!r}, expected one of {KINDS}")
+        blocks = [self._block(queries[rows], kinds) for rows in torch.arange(len(queries)).split(self._queries_at_once)]
+        return {kind: torch.cat([block[kind] for block in blocks]) for kind in kinds}
+
+    def _block(self, queries: Examples, kinds: Sequence[str]) -> dict[str, Tensor]:
+        """Scores of queries whose gradients are held, with the training gradients passed over once."""
         goals = _single(self.problem.gradients(queries, chunk_size=self._chunk))
-        simple = [kind for kind in kinds if kind != "damped"]
-        found = {kind: [] for kind in simple}
-        if simple:
-            for part in self._training_gradients():
-                for kind in simple:
-                    found[kind].append(self._products(kind, goals, part))
+        released = [kind for kind in kinds if kind.startswith("released")]
+        clamped = _clamped(self.unit * goals) if released else goals
+        simple = [kind for kind in kinds if kind not in ("damped", *released)]
+        found = {kind: [] for kind in kinds if kind != "damped"}
+        for part in self._training_gradients() if found else ():
+            for kind in simple:
+                found[kind].append(self._products(kind, goals, part))
+            by_tensor = self._by_tensor(clamped, _clamped(self.unit * part)) if released else []
+            for kind in released:
+                found[kind].append(sum(_logarithm(s, kind) for s in by_tensor))
         joined = {kind: torch.cat(parts, 1) for kind, parts in found.items()}
-        if "damped" in kinds:
-            joined["damped"] = self._damped(goals)
-        return {kind: joined[kind] for kind in kinds}
+        return joined | ({"damped": self._damped(goals)} if "damped" in kinds else {})
 
     def _products(self, kind: str, goals: Tensor, part: Tensor) -> Tensor:
-        if kind.startswith("released"):
-            return sum(
-                _logarithm(s, kind) for s in self._by_tensor(_clamped(self.unit * goals), _clamped(self.unit * part))
-            )
         if kind in ("adam_dot", "less"):
             part = part / (self.second_moment.sqrt() + EPSILON)
         products = goals @ part.T
@@ -94,6 +98,11 @@ class GradientProducts:
 
     def _by_tensor(self, goals: Tensor, part: Tensor) -> list[Tensor]:
         return [goals[:, place] @ part[:, place].T for place in self.problem.offsets.values()]
+
+    @property
+    def _queries_at_once(self) -> int:
+        """Queries whose gradients are held while all training gradients pass."""
+        return max(1, HELD // self.problem.n_parameters)
 
     @property
     def _chunk(self) -> int:

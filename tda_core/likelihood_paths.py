@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tda_core.language import LanguageModel, batches_of, cut_left
+from tda_core.language import LanguageModel
 from tda_core.text_pairs import TextPairs
+from tda_core.token_rows import batches_of, batches_of_sum, cut_left, padded
 
 # Tokens of one forward pass: what stays in a CPU's cache, and what keeps a GPU busy.
 CPU_TOKENS, GPU_TOKENS = 4096, 2**16
@@ -77,10 +78,11 @@ def budget(model: LanguageModel) -> int:
 def batched(
     model: LanguageModel, prefixes: Sequence[list[int]], queries: Queries, pairs: Tensor, padding: str
 ) -> Tensor:
-    """Log-likelihoods of some pairs (k, 2) of prefix and query, each a row of its own: (k,)."""
+    """Log-likelihoods of some pairs (k, 2) of prefix, which begins with `start`, and query, each a row: (k,)."""
     contexts, responses = [], [queries.responses[j] for j in pairs[:, 1].tolist()]
     for (i, j), response in zip(pairs.tolist(), responses, strict=True):
-        context, _ = cut_left(prefixes[i] + queries.prompts[j], response, model.window, f"responses[{j}]")
+        before = prefixes[i][len(model.start) :] + queries.prompts[j]
+        context, _ = cut_left(model.start, before, response, model.window, f"responses[{j}]")
         contexts.append(context or [model.empty_context])
     all_rows = Queries(contexts, responses)
     found = torch.empty(len(pairs))
@@ -198,28 +200,3 @@ def token_scores(model: LanguageModel, inputs: dict, rows: Tensor, columns: Tens
         for part, target in zip(hidden.split(size), targets.split(size), strict=True):
             scores.append(-F.cross_entropy(head(part).float(), target, reduction="none"))
     return torch.cat(scores).cpu()
-
-
-def padded(rows: Sequence[list[int]], side: str = "right") -> tuple[Tensor, Tensor]:
-    """Rows of tokens as one tensor (b, T), filled up with token 0, and which are real: (b, T) bool."""
-    lengths = torch.tensor([len(row) for row in rows])
-    longest = int(lengths.max())
-    places = torch.arange(longest)
-    real = places < lengths[:, None] if side == "right" else places >= longest - lengths[:, None]
-    ids = torch.zeros(len(rows), longest, dtype=torch.int64)
-    ids[real] = torch.tensor(list(chain.from_iterable(rows)), dtype=torch.int64)
-    return ids, real
-
-
-def batches_of_sum(lengths: Sequence[int], most: int) -> list[list[int]]:
-    """Consecutive rows, batched so that their lengths add up to at most `most` (or one row)."""
-    batches: list[list[int]] = []
-    total = 0
-    for row, length in enumerate(lengths):
-        if batches and total + length <= most:
-            batches[-1].append(row)
-            total += length
-        else:
-            batches.append([row])
-            total = length
-    return batches

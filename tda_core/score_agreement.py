@@ -158,11 +158,13 @@ def crossed_estimate(table: np.ndarray, *, n_bootstrap: int = 1000, seed: int = 
     """Mean of one value a model and a task (m, t); the 95% interval resamples models and tasks, each by itself.
 
     Both are draws of larger populations, and values of one model or of one task go together: to resample the m t
-    values alone would make the interval too narrow.
+    values alone would make the interval too narrow. Resampling k of k draws shows only (k - 1) / k of their variance,
+    so deviations are scaled by sqrt(k / (k - 1)), models and tasks apart. With so few draws it stays too narrow: with
+    three models and eight tasks it covered 83% where models vary most and 94% where tasks do (simulated). One model or
+    one task counts as a fixed one, and one value has no interval.
     """
     table = as_array(table, "table", 2)
-    means = _crossed_means([table], n_bootstrap, seed)[0]
-    return _estimate(float(table.mean()), means, table.size)
+    return _estimate(float(table.mean()), _crossed_deviations([table], n_bootstrap, seed)[0], table)
 
 
 def crossed_difference(one: np.ndarray, other: np.ndarray, *, n_bootstrap: int = 1000, seed: int = 0) -> Estimate:
@@ -173,22 +175,29 @@ def crossed_difference(one: np.ndarray, other: np.ndarray, *, n_bootstrap: int =
     one, other = as_array(one, "one", 2), as_array(other, "other", 2)
     if len(one) != len(other):
         raise ValueError(f"both tables must have a row for each model, got {len(one)} and {len(other)}")
-    first, second = _crossed_means([one, other], n_bootstrap, seed)
-    return _estimate(float(one.mean() - other.mean()), first - second, one.size + other.size)
+    first, second = _crossed_deviations([one, other], n_bootstrap, seed)
+    return _estimate(float(one.mean() - other.mean()), first - second, np.concatenate([one, other], 1))
 
 
-def _crossed_means(tables: Sequence[np.ndarray], n_bootstrap: int, seed: int) -> list[np.ndarray]:
-    """Replicates of each table's mean, models drawn once for all tables and tasks for each."""
+def _crossed_deviations(tables: Sequence[np.ndarray], n_bootstrap: int, seed: int) -> list[np.ndarray]:
+    """Replicates of each table's mean less that mean, models drawn once for all tables and tasks for each."""
     check_positive("n_bootstrap", n_bootstrap)
     rng = np.random.default_rng(seed)
-    models = resample_counts(len(tables[0]), n_bootstrap, rng)
-    drawn = [(table, resample_counts(table.shape[1], n_bootstrap, rng)) for table in tables]
-    return [np.einsum("ib,ij,jb->b", models, table, tasks) / table.size for table, tasks in drawn]
+    models = _scaled_counts(len(tables[0]), n_bootstrap, rng)
+    drawn = [(table, _scaled_counts(table.shape[1], n_bootstrap, rng)) for table in tables]
+    return [np.einsum("ib,ij,jb->b", models, t, tasks) / t.size - t.mean() for t, tasks in drawn]
 
 
-def _estimate(value: float, replicates: np.ndarray, n: int) -> Estimate:
-    low, high = percentile_interval(replicates)
-    return Estimate(value, min(low, value), max(high, value), n)
+def _scaled_counts(k: int, n_bootstrap: int, rng: np.random.Generator) -> np.ndarray:
+    """How often each of k draws counts in each replicate, deviations from once widened by sqrt(k / (k - 1))."""
+    return 1 + (resample_counts(k, n_bootstrap, rng) - 1) * (k / (k - 1)) ** 0.5 if k > 1 else np.ones((1, n_bootstrap))
+
+
+def _estimate(value: float, deviations: np.ndarray, table: np.ndarray) -> Estimate:
+    if table.size == 1:
+        return Estimate(value, None, None, 1)
+    low, high = percentile_interval(deviations)
+    return Estimate(value, value + min(low, 0.0), value + max(high, 0.0), table.size)
 
 
 def _checked(scores: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

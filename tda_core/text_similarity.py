@@ -11,8 +11,9 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor
 from torch.nn import functional as F
 
-from tda_core.language import BATCH_TOKENS, LanguageModel, batches_of, lengths_of
+from tda_core.language import BATCH_TOKENS, LanguageModel
 from tda_core.text_pairs import TextPairs
+from tda_core.token_rows import batches_of, lengths_of
 
 # Words, and every other sign that is not a space: a response of "?" alone must count.
 WORDS = r"\w+|[^\w\s]"

@@ -99,8 +99,8 @@ def own_models(folder: str | Path) -> tuple[TaskCorpus, tuple[LanguageModel, ...
 
 def _by_name(model: str, sizes: Sizes) -> Material:
     needed = sizes.targets * sizes.task
-    own = load_pairs(NAMED["in_domain"], n=sizes.pool + needed)
-    other = load_pairs(NAMED["other_data"], n=needed)
+    own = _different(load_pairs(NAMED["in_domain"]), sizes.pool + needed)
+    other = _different(load_pairs(NAMED["other_data"]), needed)
 
     def dealt(pairs: TextPairs) -> tuple[TextPairs, ...]:
         return tuple(pairs[start : start + sizes.task] for start in range(0, needed, sizes.task))
@@ -161,7 +161,8 @@ def _selections_by_name(sizes: Sizes, split: str, kind: str) -> list[Selection]:
     few, n = sizes.pool // 10, sizes.task + sizes.held_out
     each = sizes.pool + n
     skipped = each * sizes.targets if split == "test" else 0
-    sets = {setting: load_pairs(name, n=skipped + each * sizes.targets) for setting, name in NAMED.items()}
+    needed = skipped + each * sizes.targets
+    sets = {setting: _different(load_pairs(name), needed) for setting, name in NAMED.items()}
     found = []
     for i in range(sizes.targets):
         setting, other = list(NAMED)[:: 1 if i % 2 == 0 else -1]
@@ -184,6 +185,15 @@ def _posed(
     # shuffled, alike for all kinds: equal scores are ranked by row, which must not be where the task's own are
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(int(asked.hash[:8], 16)))
     return Selection(*names, pool[order], order < right, k, asked[: sizes.task], asked[sizes.task :])
+
+
+def _different(pairs: TextPairs, n: int) -> TextPairs:
+    """The first n pairs that differ, so that pool and tasks share none. ValueError where there are fewer."""
+    found = list(dict.fromkeys(pairs.pairs))[:n]
+    if len(found) < n:
+        raise ValueError(f"{n} different pairs are needed, and there are {len(found)}")
+    prompts, responses = zip(*found, strict=True)
+    return TextPairs(prompts, responses)
 
 
 def wrong_answers(pairs: TextPairs) -> TextPairs:

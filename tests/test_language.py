@@ -15,8 +15,9 @@ from transformers import (
 
 from tda_core.examples import IGNORED
 from tda_core.gradients import gradient_dot
-from tda_core.language import LanguageModel, ModelUnavailable, batches_of, cut_left
+from tda_core.language import LanguageModel, ModelUnavailable
 from tda_core.text_pairs import TextPairs
+from tda_core.token_rows import batches_of, cut_left
 
 KINDS = pytest.mark.parametrize("kind", sorted(CONFIGS))
 PAIRS = text_pairs(9, seed=3)
@@ -191,7 +192,7 @@ def test_a_head_in_another_type_than_the_hidden_states_is_not_applied_alone():
 
 def test_a_vocabulary_that_does_not_fit_and_broken_weights_are_refused():
     model = AutoModelForCausalLM.from_config(CONFIGS["llama"](VOCABULARY, 64))
-    with pytest.raises(ValueError, match=f"the tokenizer has {VOCABULARY + 1} tokens, but the model embeds only"):
+    with pytest.raises(ValueError, match=f"the tokenizer has tokens up to {VOCABULARY}, but the model embeds only"):
         LanguageModel(model, tokenizer(VOCABULARY + 1))
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
@@ -207,8 +208,12 @@ def test_contexts_lose_their_beginning_and_responses_must_fit():
     with pytest.warns(UserWarning, match="1 of 1 pairs are longer"):
         examples = model.examples(long)
     assert examples.inputs.shape == (1, 15) and examples.inputs[0, -3:].tolist() == [5, 6, 7]
-    assert cut_left([1, 2, 3, 4], [5, 6], 5, "it") == ([2, 3, 4], 1)
-    assert cut_left([1, 2, 3, 4], [5, 6], None, "it") == ([1, 2, 3, 4], 0)
+    assert cut_left([], [1, 2, 3, 4], [5, 6], 5, "it") == ([2, 3, 4], 1)
+    assert cut_left([9], [1, 2, 3, 4], [5, 6], 5, "it") == ([9, 3, 4], 2)  # what every text starts with stays
+    assert cut_left([9], [1, 2, 3, 4], [5, 6, 7, 8], 5, "it") == ([9], 4)
+    assert cut_left([9], [1, 2], [5, 6], None, "it") == ([9, 1, 2], 0)
+    with pytest.raises(ValueError, match="it has 5 tokens, which do not fit the model's window of 5"):
+        cut_left([9], [1], [4] * 5, 5, "it")
     with pytest.raises(ValueError, match=r"responses\[0\] has 16 tokens, which do not fit the model's window of 16"):
         model.examples(TextPairs(["w3"], ["w4 " * 16]))
 

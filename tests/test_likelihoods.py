@@ -10,7 +10,7 @@ from language_toys import CONFIGS, NEAR_SIGHTED, language_model, text_pairs, wor
 
 from tda_core import likelihood_paths
 from tda_core.language import LanguageModel
-from tda_core.likelihood_paths import Queries, batches_of_sum, padded
+from tda_core.likelihood_paths import Queries
 from tda_core.likelihoods import (
     PATHS,
     cheapest_path,
@@ -19,6 +19,7 @@ from tda_core.likelihoods import (
     usable_paths,
 )
 from tda_core.text_pairs import TextPairs
+from tda_core.token_rows import batches_of_sum, padded
 
 MODELS = {kind: language_model(kind) for kind in CONFIGS}
 EACH_PATH = pytest.mark.parametrize("path", PATHS)

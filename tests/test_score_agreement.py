@@ -260,9 +260,10 @@ def test_intervals_of_models_and_tasks_resample_both():
     table = rng.normal(size=(4, 6))
     found = crossed_estimate(table, n_bootstrap=4000, seed=1)
     drawn = []
-    for _ in range(4000):
-        rows, columns = rng.integers(4, size=4), rng.integers(6, size=6)
-        drawn.append(table[rows][:, columns].mean())
+    for _ in range(4000):  # deviations of the counts of models and of tasks, widened
+        rows, columns = (np.bincount(rng.integers(k, size=k), minlength=k) for k in (4, 6))
+        weights = np.outer(1 + (rows - 1) * (4 / 3) ** 0.5, 1 + (columns - 1) * (6 / 5) ** 0.5)
+        drawn.append((weights * table).mean())
     low, high = np.percentile(drawn, [2.5, 97.5])
     assert found.value == pytest.approx(table.mean()) and found.n == 24
     assert (found.low, found.high) == pytest.approx((low, high), abs=0.08)
@@ -271,6 +272,21 @@ def test_intervals_of_models_and_tasks_resample_both():
     assert wide.high - wide.low > 1.5 * (narrow.high - narrow.low)
     with pytest.raises(ValueError, match="table must be a non-empty array with 2 dimensions"):
         crossed_estimate(np.ones(3))
+
+
+def test_one_value_has_no_interval():
+    found = crossed_estimate(np.full((1, 1), 0.4))
+    assert (found.value, found.low, found.high, found.n) == (0.4, None, None, 1)
+
+
+@pytest.mark.parametrize("spread", [(1.0, 1.0), (0.3, 1.0)])  # of models, of tasks
+def test_the_interval_covers_the_truth_about_as_often_as_its_docstring_says(spread):
+    rng, n, covered = np.random.default_rng(5), 300, 0
+    for draw in range(n):
+        models, tasks = spread[0] * rng.normal(size=(3, 1)), spread[1] * rng.normal(size=(1, 8))
+        found = crossed_estimate(models + tasks + 0.5 * rng.normal(size=(3, 8)), n_bootstrap=200, seed=draw)
+        covered += found.low <= 0 <= found.high
+    assert 0.84 <= covered / n <= 0.97
 
 
 def test_differences_of_two_kinds_of_tasks_pair_the_models():

@@ -21,18 +21,13 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """Ten instructions and ten reviews where data by name are looked for, and a model in a folder."""
-    alpaca = [{"instruction": f"w{i} w3", "input": "", "output": f"w{i} w5"} for i in range(2, 39)] * 3
-    sst2 = [{"text": f"w{i} w{i + 1}", "label": i % 2, "label_text": f"w{10 + i % 2}"} for i in range(2, 39)] * 3
-    monkeypatch.setattr(text_tasks, "load_pairs", lambda name, n: _pairs(alpaca if name == "alpaca" else sst2, n))
+    """Instructions and reviews in place of data by name, each twice in a row, and a model in a folder."""
+    places = [(i, j) for i in range(2, 39) for j in (3, 4, 5) for _ in range(2)]
+    sets = {"alpaca": text_tasks.TextPairs([f"w{i} w{j}" for i, j in places], [f" w{i} w5" for i, _ in places])}
+    sets["sst2_train"] = text_tasks.TextPairs([f"w{j} w{i}" for i, j in places], [f" w{10 + i % 2}" for i, _ in places])
+    monkeypatch.setattr(text_tasks, "load_pairs", sets.__getitem__)
     language_model().save(tmp_path / "model")
     return str(tmp_path / "model")
-
-
-def _pairs(rows, n):
-    prompts = [row.get("instruction") or row["text"] for row in rows]
-    responses = [" " + (row.get("output") or row["label_text"]) for row in rows]
-    return text_tasks.TextPairs(prompts[:n], responses[:n])
 
 
 def test_our_own_material_has_pools_that_share_nothing_with_the_tasks(folder):
@@ -88,6 +83,9 @@ def test_models_and_data_by_name_take_the_same_place(hub):
     found = material("nowhere", hub, Sizes(12, 3, 2))
     assert len(found.models) == 1 and list(found.tasks) == ["in_domain", "other_data"] and not found.labels
     assert len(found.pool) == 12 and [len(task) for task in found.every] == [3] * 4
+    assert not found.pool.shared_with(found.queries).any() and not found.pool.n_duplicates
+    with pytest.raises(ValueError, match="500 different pairs are needed, and there are 111"):
+        material("nowhere", hub, Sizes(497, 3, 1))
     assert found.rows("other_data") == [2, 3]
     sizes = Sizes(10, 2, 2, 3)
     chosen = {split: selections("nowhere", hub, sizes, split=split) for split in ("validation", "test")}
