@@ -38,8 +38,8 @@ class CorpusSpec:
     """
 
     keep_family: float = 0.85
-    keep_base: float = 0.7
-    keep_format: float = 0.7
+    keep_base: float = 0.6
+    keep_format: float = 0.8
     stray: float = 0.05
     own_formats: bool = True
 
