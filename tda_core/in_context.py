@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tda_core.language import LanguageModel
 from tda_core.small_lm import TrainedLM
 from tda_core.task_corpus import SEPARATOR, Target, Task, TaskCorpus
 from tda_core.text_pairs import TextPairs
@@ -16,9 +17,9 @@ KINDS = ("same_task", "same_family", "same_base", "unrelated")
 def of_kind(corpus: TaskCorpus, target: Target, kind: str) -> list[Task]:
     """The tasks whose examples demonstrate a target in one of `KINDS`.
 
-    same_task: its family, base and format. same_family: its family in another base and format of its
-    setting. same_base: another
-    family of training in its base. unrelated: another family in another base. Raises ValueError for another kind.
+    same_task: its family, base and format. same_family: its family in another base and format of its setting.
+    same_base: another family of training in its base. unrelated: another family in another base. Raises ValueError
+    for another kind.
     """
     if kind not in KINDS:
         raise ValueError(f"unknown kind of demonstration {kind!r}, expected one of {', '.join(KINDS)}")
@@ -48,36 +49,6 @@ def contexts(corpus: TaskCorpus, target: Target, kind: str, k: int, *, seed: int
     return ["".join(texts[i] + SEPARATOR for i in chosen) for chosen in rows]
 
 
-def response_losses(lm: TrainedLM, before: Sequence[str], pairs: TextPairs, *, batch_size: int = 256) -> Tensor:
-    """-log p(response | context, prompt), summed over the response's tokens, in nats: (n,).
-
-    before: n contexts, each with its separator, or empty texts. Raises ValueError for another number of contexts, and
-    for a text that is longer than the model's window.
-    """
-    if len(before) != len(pairs):
-        raise ValueError(f"{len(before)} contexts for {len(pairs)} examples")
-    tokenizer, window = lm.tokenizer, lm.tokenizer.model_max_length
-    texts = [context + prompt for context, prompt in zip(before, pairs.prompts, strict=True)]
-    heads = tokenizer(texts)["input_ids"]
-    tails = tokenizer(list(pairs.responses), add_special_tokens=False)["input_ids"]
-    longest = max(len(head) + len(tail) for head, tail in zip(heads, tails, strict=True))
-    if longest > window:
-        raise ValueError(f"a context with its example has {longest} tokens, more than the model's window of {window}")
-    losses = torch.empty(len(pairs))
-    for rows in torch.arange(len(pairs)).split(batch_size):
-        tokens = torch.full((len(rows), longest), tokenizer.pad_token_id)
-        scored = torch.zeros(len(rows), longest, dtype=torch.bool)
-        for row, i in enumerate(rows.tolist()):
-            end = len(heads[i]) + len(tails[i])
-            tokens[row, :end] = torch.tensor(heads[i] + tails[i])
-            scored[row, len(heads[i]) : end] = True
-        with torch.no_grad():  # padding stands behind every token that is scored, so causal attention never sees it
-            logits = lm.model(input_ids=tokens[:, :-1], use_cache=False).logits
-        each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
-        losses[rows] = (each * scored[:, 1:]).sum(1)
-    return losses
-
-
 def in_context_curve(
     lm: TrainedLM, corpus: TaskCorpus, targets: Sequence[Target], counts: Sequence[int], *, seed: int
 ) -> dict[str, Tensor]:
@@ -91,4 +62,6 @@ def in_context_curve(
 
 
 def _mean(lm: TrainedLM, corpus: TaskCorpus, target: Target, kind: str, k: int, seed: int) -> Tensor:
-    return response_losses(lm, contexts(corpus, target, kind, k, seed=seed), target.examples.pairs).mean()
+    before, pairs = contexts(corpus, target, kind, k, seed=seed), target.examples.pairs
+    prompts = [context + prompt for context, prompt in zip(before, pairs.prompts, strict=True)]
+    return LanguageModel(lm.model, lm.tokenizer).losses(TextPairs(prompts, pairs.responses)).mean()

@@ -15,7 +15,7 @@ from tda_core.text_pairs import TextPairs
 from tda_core.token_rows import batches_of, batches_of_sum, cut_left, padded
 
 # Tokens of one forward pass: what stays in a CPU's cache, and what keeps a GPU busy.
-CPU_TOKENS, GPU_TOKENS = 4096, 2**16
+CPU_TOKENS, GPU_TOKENS = 2048, 2**16
 # Keys that are copied for a token of a pass on the "prefix" path, at most; and floats of keys and values of all layers
 # (1 GB in float32), which bound it for models that are not small.
 KEYS, KEY_FLOATS = 8, 2**28

@@ -27,7 +27,7 @@ PADDINGS = ("right", "left")
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 1e-2}
 # Costs measured on a small model on a CPU, in multiplications of a linear layer: one of attention's, and the copying of
 # one float of a key or value.
-ATTENTION, COPY = 2.5, 80.0
+ATTENTION, COPY = 2.5, 230.0
 _USABLE: weakref.WeakKeyDictionary[LanguageModel, tuple[str, ...]] = weakref.WeakKeyDictionary()
 
 
@@ -80,7 +80,7 @@ def log_likelihoods(
 
 def columns_of(model: LanguageModel) -> int:
     """Tokens of queries that are packed in one row: with more, attention costs more than fewer rows save."""
-    columns, half = max(64, 2 * model.width), half_reach(model)
+    columns, half = max(64, model.width), half_reach(model)
     return columns if half is None else min(columns, half)
 
 
