@@ -184,10 +184,9 @@ def test_costs_rank_the_paths_as_their_lengths_suggest():
     model = MODELS["llama"]
     one, many = (Queries.of(model, text_pairs(n)) for n in (1, 50))
     assert path_costs(model, 0.0, many)["batched"] <= path_costs(model, 0.0, many)["packed"]
-    for length in (10.0, 40.0):
-        costs = path_costs(model, length, many)
+    for length in (40.0, 100.0):  # what is shared is long
+        costs, alone = path_costs(model, length, many), path_costs(model, length, one)
         assert min(costs["prefix"], costs["packed"]) < costs["batched"]
-        alone = path_costs(model, length, one)
         assert alone["batched"] <= min(alone.values())
     found, _ = log_likelihoods(model, [[3, 4]], many)
     expected, _ = log_likelihoods(model, [[3, 4]], many, path="batched")
