@@ -41,3 +41,13 @@ def test_costs_come_from_a_process_of_their_own(tmp_path):
         assert found.seconds > 0 and found.peak_bytes >= 0
     with pytest.raises(ValueError, match="unknown method 'trak', expected one of"):
         cost(tmp_path, text_pairs(8), text_pairs(4), "trak")
+
+
+def test_memory_counts_what_scores_hold_and_not_what_the_parent_held(tmp_path):
+    parent = torch.ones(2**26)  # 256 MB, which a child must not be charged with
+    MODEL.save(tmp_path)
+    pool, queries = text_pairs(2000), text_pairs(4, seed=2)
+    found = cost(tmp_path, pool, queries, "gradient_dot")
+    held = 4 * 2000 * MODEL.problem(pool[:1]).n_parameters  # bytes of the training gradients
+    assert 0.8 * held < found.peak_bytes < 20 * held
+    del parent
