@@ -9,7 +9,7 @@ import fnmatch
 import json
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -266,15 +266,6 @@ class LanguageModel:
             some = ", ".join(known[:8])
             raise ValueError(f"no parameter of a linear layer is called {tuple(parameters)}; there are {some}, ...")
         return found
-
-    def with_parameters(self, problem: Problem, theta: Tensor) -> "LanguageModel":
-        """A copy of this model with theta (p,) of a `problem` of it in place."""
-        model = copy.deepcopy(self.model)
-        own = dict(model.named_parameters())
-        with torch.no_grad():
-            for name, value in problem.unravel(theta).items():
-                own[name.removeprefix("model.")].copy_(value)
-        return replace(self, model=model)
 
 
 class Logits(nn.Module):

@@ -19,56 +19,21 @@ from tda_core.language import LanguageModel
 from tda_core.text_pairs import TextPairs
 
 VOCABULARY, WINDOW = 40, 64
+SIZE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+SPECIAL = {"bos_token_id": 1, "eos_token_id": 1}
+NEAR = {"num_key_value_heads": 2, "head_dim": 4, "sliding_window": 20}
+# By kind: a configuration for a vocabulary of n tokens and a window.
 CONFIGS = {
     "llama": lambda n, window: LlamaConfig(
-        vocab_size=n,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=window,
-        bos_token_id=1,
-        eos_token_id=1,
+        vocab_size=n, max_position_embeddings=window, num_key_value_heads=2, **SIZE, **SPECIAL
     ),
-    "gpt2": lambda n, window: GPT2Config(
-        vocab_size=n, n_embd=16, n_layer=2, n_head=4, n_positions=window, bos_token_id=1, eos_token_id=1
-    ),
-    "neox": lambda n, window: GPTNeoXConfig(
-        vocab_size=n,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=window,
-        bos_token_id=1,
-        eos_token_id=1,
-    ),
+    "gpt2": lambda n, window: GPT2Config(vocab_size=n, n_embd=16, n_layer=2, n_head=4, n_positions=window, **SPECIAL),
+    "neox": lambda n, window: GPTNeoXConfig(vocab_size=n, max_position_embeddings=window, **SIZE, **SPECIAL),
 }
 # Models of which some layers look back over the last 20 columns only.
 NEAR_SIGHTED = {
-    "mistral": lambda n, window: MistralConfig(
-        vocab_size=n,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=4,
-        max_position_embeddings=window,
-        sliding_window=20,
-    ),
-    "gemma2": lambda n, window: Gemma2Config(
-        vocab_size=n,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=4,
-        max_position_embeddings=window,
-        sliding_window=20,
-    ),
+    "mistral": lambda n, window: MistralConfig(vocab_size=n, max_position_embeddings=window, **SIZE, **NEAR),
+    "gemma2": lambda n, window: Gemma2Config(vocab_size=n, max_position_embeddings=window, **SIZE, **NEAR),
     "gpt_neo": lambda n, window: GPTNeoConfig(
         vocab_size=n,
         hidden_size=16,

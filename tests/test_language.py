@@ -105,16 +105,6 @@ def test_outputs_of_a_few_sequences_are_held_at_a_time(monkeypatch):
     assert sizes == [2, 2, 2, 2, 1] * 2
 
 
-def test_parameters_of_a_problem_go_back_into_the_model():
-    model = language_model()
-    problem = model.problem(PAIRS, ["*.1.*weight"], reduction="sum")
-    theta = problem.theta + 0.1
-    moved = model.with_parameters(problem, theta)
-    torch.testing.assert_close(moved.losses(PAIRS), problem.losses(problem.train, theta))
-    torch.testing.assert_close(model.losses(PAIRS), problem.losses(problem.train))
-    assert moved.identity != model.identity == language_model().identity
-
-
 def test_what_is_saved_is_loaded(tmp_path):
     model = language_model("gpt2")
     model.save(tmp_path / "model")
