@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import continuous, labelled
 
-from tda_core.examples import Examples
+from tda_core.examples import IGNORED, Examples
 
 INPUTS, LABELS = torch.arange(6.0).view(3, 2), torch.tensor([0, 2, 1])
 
@@ -110,3 +110,39 @@ def test_values_that_are_not_finite_are_refused_and_located(bad):
     targets[2] = bad
     with pytest.raises(ValueError, match="targets must be finite, but example 2 holds"):
         Examples(labelled(5).inputs, targets)
+
+
+# sequences: a label at each position
+
+
+def sequence(tokens: list[list[int]], labels: list[list[int]]) -> Examples:
+    return Examples(torch.tensor(tokens), torch.tensor(labels))
+
+
+def test_sequences_are_examples_of_any_length():
+    short, long = sequence([[1, 2]], [[IGNORED, 3]]), sequence([[1, 2, 3], [4, 5, 6]], [[2, 3, 4], [IGNORED] * 2 + [5]])
+    assert short.is_sequence and short.is_classification and not Examples(INPUTS, LABELS).is_sequence
+    short.expect_like(long, 6)
+    with pytest.raises(ValueError, match="label 5 is out of range for 5 outputs"):
+        long.expect_like(short, 5)
+
+
+def test_sequences_and_single_labels_do_not_mix():
+    tokens, plain = sequence([[1, 2]], [[2, 3]]), Examples(INPUTS, LABELS)
+    with pytest.raises(ValueError, match="targets must be one a row, as in training"):
+        tokens.expect_like(plain, 9)
+    with pytest.raises(ValueError, match="targets must be one a token, as in training"):
+        plain.expect_like(tokens, 9)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "labels", "error", "message"),
+    [
+        ([[1, 2], [3, 4]], [[2, 3], [IGNORED, IGNORED]], ValueError, "sequence 1 has no labelled position"),
+        ([[1, 2]], [[-1, 3]], ValueError, "class labels must be >= 0, got -1"),
+        ([[1, 2]], [[1, 2, 3]], ValueError, r"targets must be \(n,\), got \(1, 3\)"),
+    ],
+)
+def test_sequences_that_cannot_be_learnt_are_refused(tokens, labels, error, message):
+    with pytest.raises(error, match=message):
+        sequence(tokens, labels)
