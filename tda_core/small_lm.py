@@ -19,101 +19,22 @@ from typing import Any
 
 import joblib
 import torch
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GPT2Config,
-    LlamaConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from tda_core.files import TEMPORARY, atomic_write, source_fingerprint
+from tda_core.lm_recipes import LMRecipe
+from tda_core.lm_tokenizers import word_tokenizer
 from tda_core.store import canonical, fingerprint
 from tda_core.task_corpus import CorpusSpec, TaskCorpus
 from tda_core.threads import one_thread
 
-SPECIAL = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
 INDEX = "models.json"  # which checkpoints a folder holds, and of which corpus
 NOTES = "training.json"  # beside the checkpoint: what it was trained with and how it went
-ARCHITECTURES = ("llama", "gpt2")
 BLOCK = 400  # documents made at a time
 NOTED = 20  # how often a training run notes its losses
 SHORTEST = 8  # words that an example with its separator has at least
-
-
-@dataclass(frozen=True)
-class LMRecipe:
-    """How a model is made: a shape, and a training run of AdamW with linear warm-up and cosine decay.
-
-    length: tokens of a training row, and the most that the model takes. learning_rate: the highest. Raises ValueError
-    for an unknown architecture, sizes below 1, and rates that are not finite and positive.
-    """
-
-    architecture: str = "llama"
-    width: int = 64
-    layers: int = 3
-    heads: int = 4
-    steps: int = 200
-    batch_size: int = 32
-    length: int = 48
-    learning_rate: float = 3e-3
-    weight_decay: float = 0.05
-
-    def __post_init__(self) -> None:
-        if self.architecture not in ARCHITECTURES:
-            raise ValueError(f"unknown architecture {self.architecture!r}, expected one of {', '.join(ARCHITECTURES)}")
-        for name in ("width", "layers", "heads", "steps", "batch_size", "length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise ValueError(f"learning_rate must be finite and > 0, got {self.learning_rate}")
-        if self.width % (2 * self.heads):
-            raise ValueError(f"width must be an even multiple of heads = {self.heads}, got {self.width}")
-
-    def untrained(self, n_tokens: int, *, seed: int) -> PreTrainedModel:
-        """The model at its initialisation, on the CPU in float32."""
-        shape = {"vocab_size": n_tokens, "tie_word_embeddings": True}
-        shape |= {f"{name[:3]}_token_id": i for i, name in enumerate(SPECIAL) if name != "unk_token"}
-        if self.architecture == "llama":
-            sizes = {"num_hidden_layers": self.layers, "num_attention_heads": self.heads, "hidden_size": self.width}
-            wide = {"intermediate_size": 3 * self.width, "max_position_embeddings": self.length}
-            config = LlamaConfig(**shape, **sizes, **wide)
-        else:
-            sizes = {"n_layer": self.layers, "n_head": self.heads, "n_embd": self.width, "n_positions": self.length}
-            off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-            config = GPT2Config(**shape, **sizes, **off)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-
-    def rate(self, step: int) -> float:
-        """Learning rate of a step: up over the first twentieth, then down along a cosine to a twentieth."""
-        warm = max(1, self.steps // 20)
-        if step < warm:
-            return self.learning_rate * (step + 1) / warm
-        return self.learning_rate * (0.05 + 0.475 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm))))
-
-
-def word_tokenizer(words: Sequence[str], *, length: int) -> PreTrainedTokenizerFast:
-    """One token a word, after <pad>, <bos>, <eos> and <unk>; texts are split at spaces, and a line break is a word.
-
-    A text's tokens begin with <bos>, unless `add_special_tokens=False`. length: the model's largest number of tokens.
-    Raises ValueError for a repeated word, and one that holds a space.
-    """
-    tokens = [*SPECIAL.values(), *words]
-    for word in tokens:
-        if tokens.count(word) > 1 or " " in word or not word:
-            raise ValueError(f"words must differ, be no special token and hold no space, got {word!r}")
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(tokens)}, SPECIAL["unk_token"]))
-    breaks = pre_tokenizers.Split("\n", "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(" +"), "removed"), breaks])
-    bos = SPECIAL["bos_token"]
-    tokenizer.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, tokens.index(bos))])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=length, padding_side="right", **SPECIAL)
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,7 +118,7 @@ def _train(corpus: TaskCorpus, recipe: LMRecipe, model: PreTrainedModel, seed: i
     started = time.thread_time()
     tokenizer = word_tokenizer(corpus.vocabulary, length=recipe.length)  # its own: threads share no tokenizer
     heldout = next(_batches(corpus, tokenizer, recipe.length, 256, seed="held out"))
-    optimiser = torch.optim.AdamW(_groups(model, recipe), lr=recipe.learning_rate, betas=(0.9, 0.98), fused=True)
+    optimiser = torch.optim.AdamW(recipe.groups(model), lr=recipe.learning_rate, betas=(0.9, 0.98), fused=True)
     curve: dict[str, Any] = {"steps": [], "train_loss": [], "heldout_loss": []}
     since: list[float] = []
     batches = _batches(corpus, tokenizer, recipe.length, recipe.batch_size, seed=seed)
@@ -218,12 +139,6 @@ def _train(corpus: TaskCorpus, recipe: LMRecipe, model: PreTrainedModel, seed: i
             curve["train_loss"].append(sum(since) / len(since))
             since.clear()
     return curve | {"seconds": time.thread_time() - started}
-
-
-def _groups(model: PreTrainedModel, recipe: LMRecipe) -> list[dict[str, Any]]:
-    """Parameters for AdamW: matrices decay, norms and biases do not."""
-    matrices, rest = ([p for p in model.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False))
-    return [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
 
 def _loss(model: PreTrainedModel, tokens: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tda_core.in_context import KINDS, contexts, in_context_curve, of_kind
-from tda_core.small_lm import LMRecipe, small_lms
+from tda_core.lm_recipes import LMRecipe
+from tda_core.small_lm import small_lms
 from tda_core.task_corpus import SEPARATOR, SETTINGS, TaskCorpus
 
 CORPUS = TaskCorpus()

@@ -8,7 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tda_core import small_lm as module
-from tda_core.small_lm import INDEX, NOTES, SPECIAL, LMRecipe, load_lms, small_lms, word_tokenizer
+from tda_core.lm_recipes import SPECIAL, LMRecipe
+from tda_core.lm_tokenizers import word_tokenizer
+from tda_core.small_lm import INDEX, NOTES, load_lms, small_lms
 from tda_core.task_corpus import SEPARATOR, CorpusSpec, TaskCorpus
 
 CORPUS = TaskCorpus()

@@ -7,7 +7,8 @@ import torch
 from language_toys import language_model
 
 from tda_core import text_tasks
-from tda_core.small_lm import LMRecipe, small_lms
+from tda_core.lm_recipes import LMRecipe
+from tda_core.small_lm import small_lms
 from tda_core.task_corpus import SETTINGS, TaskCorpus
 from tda_core.text_tasks import Sizes, material, selections, together
 

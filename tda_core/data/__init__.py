@@ -11,7 +11,8 @@ examples, so small runs are nested in bigger ones and no example ever changes pa
 | parkinsons | regression, 19 features    |  4167 |        863 |  845 | subject  |
 
 `is_available` and `where_to_put` also know `icp_released`, the scores that the ICP paper released, which are no
-examples to train on and have a loader of their own, `tda_core.data.released.load_released`.
+examples to train on and have a loader of their own, `tda_core.data.released.load_released`; and `tinyshakespeare`, a
+text, which `tda_core.corpora.load_corpus` cuts into documents.
 
 This module imports neither torch nor scikit-learn, so that `is_available` costs nothing.
 """
@@ -27,7 +28,16 @@ if TYPE_CHECKING:
 
     from tda_core.examples import Examples
 
-__all__ = ["DATASETS", "RELEASED", "DataUnavailable", "Dataset", "is_available", "load_dataset", "where_to_put"]
+__all__ = [
+    "DATASETS",
+    "DATASETS_OF_TEXT",
+    "RELEASED",
+    "DataUnavailable",
+    "Dataset",
+    "is_available",
+    "load_dataset",
+    "where_to_put",
+]
 
 PARTS = ("train", "validation", "test")
 _OSSCI = "https://ossci-datasets.s3.amazonaws.com/mnist/"
@@ -124,6 +134,17 @@ RELEASED: dict[str, tuple[DataFile, ...]] = {
     )
 }
 
+# Plain texts, which `tda_core.corpora.load_corpus` cuts into documents.
+DATASETS_OF_TEXT: dict[str, DataFile] = {
+    "tinyshakespeare": DataFile(
+        "text",
+        "tinyshakespeare.txt",
+        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+        "https://raw.githubusercontent.com/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/data/tinyshakespeare/",
+        "input.txt",
+    )
+}
+
 
 def load_dataset(
     name: str, *, n_train: int | None = None, n_validation: int | None = None, n_test: int | None = None
@@ -159,12 +180,16 @@ def where_to_put(name: str) -> str:
 
 
 def _files(name: str) -> tuple[DataFile, ...]:
+    if name in DATASETS_OF_TEXT:
+        return (DATASETS_OF_TEXT[name],)
     return RELEASED[name] if name in RELEASED else _source(name).files
 
 
 def _source(name: str) -> Source:
     if name in RELEASED:
         raise ValueError(f"{name} holds scores, not examples: load it with tda_core.data.released.load_released()")
+    if name in DATASETS_OF_TEXT:
+        raise ValueError(f"{name} is a text: load it with tda_core.corpora.load_corpus({name!r})")
     if name not in DATASETS:
-        raise ValueError(f"unknown data set {name!r}; known: {', '.join([*DATASETS, *RELEASED])}")
+        raise ValueError(f"unknown data set {name!r}; known: {', '.join([*DATASETS, *RELEASED, *DATASETS_OF_TEXT])}")
     return DATASETS[name]
