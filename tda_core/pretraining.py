@@ -4,7 +4,7 @@ Both visit the same documents in the same order, with AdamW, warm-up and a cosin
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -80,6 +80,14 @@ def pretrain_many(training: LMTraining, examples: Examples, masks: Tensor, seeds
     depend on those beside it. Raises ValueError for wrong shapes, an empty subset, and documents that do not fit the
     window or the vocabulary; FloatingPointError for divergence.
     """
+    *_, (_, ensemble) = pretrain_steps(training, examples, masks, seeds)
+    return ensemble
+
+
+def pretrain_steps(
+    training: LMTraining, examples: Examples, masks: Tensor, seeds: Sequence[int]
+) -> Iterator[tuple[int, Ensemble]]:
+    """`pretrain_many` step by step: how many steps were taken, and the models so far (which the next step changes)."""
     seeds = _check(training, examples, masks, seeds)
     recipe = training.recipe
     ensemble = Ensemble.of(recipe, [training.start(seed) for seed in seeds])
@@ -93,19 +101,30 @@ def pretrain_many(training: LMTraining, examples: Examples, masks: Tensor, seeds
         ensemble.loss(*_batch(examples, rows)).sum().backward()
         _clip_each(weights)
         optimiser.step()
+        yield step + 1, ensemble
     for value in weights:
         if not torch.isfinite(value.requires_grad_(False)).all():
             raise FloatingPointError(f"training diverged: lower learning_rate={recipe.learning_rate}")
-    return ensemble
 
 
-def evaluate(ensemble: Ensemble, examples: Examples) -> Tensor:
-    """Mean loss of each example's labelled tokens under every model, in nats: (M, q)."""
-    n, t = examples.targets.shape
-    counts = (examples.targets != IGNORED).sum(1)
-    size = max(1, EVALUATED // (t * len(ensemble)))
-    parts = [ensemble.token_losses(*_batch(examples, rows)).sum(2) for rows in torch.arange(n).split(size)]
-    found = torch.cat(parts, 1) / counts
+def evaluate(ensemble: Ensemble, examples: Examples | Sequence[Examples]) -> Tensor:
+    """Mean loss of each example's labelled tokens under every model, in nats: (M, q).
+
+    examples: the same for all models, or as many for each model. FloatingPointError for a loss that is not finite.
+    """
+    shared = isinstance(examples, Examples)
+    inputs, targets = (
+        (examples.inputs[None], examples.targets[None])
+        if shared
+        else (torch.stack([getattr(e, name) for e in examples]) for name in ("inputs", "targets"))
+    )
+    size = max(1, EVALUATED // (inputs.shape[2] * len(ensemble)))
+    shape = (len(ensemble), -1, -1)
+    parts = [
+        ensemble.token_losses(some.expand(*shape), labels.expand(*shape)).sum(2)
+        for some, labels in zip(inputs.split(size, 1), targets.split(size, 1), strict=True)
+    ]
+    found = torch.cat(parts, 1) / (targets != IGNORED).sum(2)
     if not torch.isfinite(found).all():
         model, query = (~torch.isfinite(found)).nonzero()[0].tolist()
         raise FloatingPointError(f"the loss of query {query} under model {model} is NaN or infinite")
