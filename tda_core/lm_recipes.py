@@ -108,3 +108,38 @@ class LMRecipe:
         """Learning rates of a step, for an optimiser of `groups`."""
         for group in optimiser.param_groups:
             group["lr"] = group["share"] * self.rate(step)
+
+
+# Chosen by the loss of validation queries of a 30% subset of the help topics, with one seed: batches of 8, 16 and 32
+# documents, rates of layers and of embeddings, scales, tied or not. Layers' rates fall with their width.
+_STANDARD = LMRecipe(
+    batch_size=16,
+    length=64,
+    learning_rate=4e-3,
+    weight_decay=0.1,
+    embedding_scale=10.0,
+    embedding_rate=5.0,
+    quiet=True,
+    tied=False,
+)
+SIZES = {
+    "0.1M": (24, 1, 2),
+    "0.4M": (64, 2, 4),
+    "1M": (112, 4, 4),
+    "4M": (224, 6, 4),
+    "30M": (512, 8, 8),
+    "120M": (768, 14, 12),
+}
+
+
+def standard_recipe(size: str = "0.4M", architecture: str = "llama") -> LMRecipe:
+    """The recipe of a pre-training by its number of parameters with 2,048 tokens, such as "0.4M".
+
+    Raises ValueError for a size that is not one of `SIZES`.
+    """
+    if size not in SIZES:
+        raise ValueError(f"unknown size {size!r}, expected one of {', '.join(SIZES)}")
+    width, layers, heads = SIZES[size]
+    rate = _STANDARD.learning_rate * min(1.0, 64 / width)
+    shares = {"learning_rate": rate, "embedding_rate": 0.02 / rate}
+    return replace(_STANDARD, architecture=architecture, width=width, layers=layers, heads=heads, **shares)
