@@ -1,0 +1,143 @@
+"""Every method of the language-model tables by its name, with the settings that validation queries choose among.
+
+A `Method` prepares what no setting changes, `prepare(bench)`, and finishes with one, `finish(prepared, setting)`, which
+gives something with scores(queries). `judge` chooses the setting and times both on one thread.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from tda_core import text_similarity
+from tda_core.bm25 import bm25
+from tda_core.examples import Examples
+from tda_core.gradients import random_scores
+from tda_core.inner_products import GradientProducts
+from tda_core.lm_bench import LMBench
+from tda_core.logra import LoGraSettings, fit_logra
+from tda_core.metrics import Estimate
+from tda_core.ngram_lm import NAMES, NgramLM
+from tda_core.problem import Problem
+from tda_core.speed import watched
+from tda_core.token_products import TokenProducts
+
+DAMPINGS = (0.01, 0.1, 1.0, 10.0)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Anything as a method: `scores` calls a function of the queries."""
+
+    function: Callable[[Any], Tensor]
+
+    def scores(self, queries: Any) -> Tensor:
+        return self.function(queries)
+
+
+def unchanged(prepared: Any, _: Any) -> Any:
+    """`finish` of a method without settings."""
+    return prepared
+
+
+@dataclass(frozen=True)
+class Method:
+    """prepare: bench -> anything. finish: (that, setting) -> an object with scores(queries): scores (q, n), or
+    predictions (m, q) of each subset.
+
+    settings: what `finish` may be given; with more than one, the highest LDS on validation queries decides. texts:
+    whether queries are text pairs, instead of sequences of tokens.
+    """
+
+    prepare: Callable[[LMBench], Any]
+    finish: Callable[[Any, Any], Any] = unchanged
+    settings: Sequence[Any] = (None,)
+    texts: bool = False
+
+    def queries(self, bench: LMBench, part: str) -> Any:
+        return getattr(bench.corpus, part) if self.texts else bench.examples(part)
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """scores: of the test queries. setting: the one that was chosen; validation: LDS of each, where there were several.
+    build_seconds: CPU seconds of one fit. query_ms: wall time. peak_mb: None where the system does not tell."""
+
+    scores: Tensor
+    setting: Any
+    validation: dict[Any, float]
+    build_seconds: float
+    query_ms: float
+    peak_mb: float | None
+    lds: Estimate
+    lds_raw: Estimate
+
+
+def judge(bench: LMBench, method: Method) -> Judged:
+    """Choose a setting, fit with it, and answer the test queries, all timed on one thread but for the choice."""
+    prepared = watched(lambda: method.prepare(bench))
+    setting, table = method.settings[0], {}
+    if len(method.settings) > 1:
+        validation = method.queries(bench, "validation")
+        setting, table = bench.choose(lambda s: method.finish(prepared.value, s).scores(validation), method.settings)
+    queries = method.queries(bench, "test")
+    built = watched(lambda: method.finish(prepared.value, setting))
+    answer = watched(lambda: built.value.scores(queries))
+    peaks = [part.megabytes for part in (prepared, built, answer) if part.megabytes is not None]
+    found = answer.value
+    cost = prepared.cpu + built.cpu, 1e3 * answer.wall / len(queries), max(peaks, default=None)
+    return Judged(found, setting, table, *cost, bench.lds(found), bench.lds(found, raw=True))
+
+
+def controls() -> dict[str, Method]:
+    """Chance, length, words, and n-gram models of the subsets."""
+    searches = ((1.5, 0.75), (0.5, 0.75), (1.5, 0.0), (0.5, 0.0))
+    return {
+        "random": Method(lambda b: Answer(lambda q: random_scores(len(q), len(b.corpus.train), seed=0))),
+        "length": Method(lambda b: text_similarity.length(b.corpus.train), texts=True),
+        "tfidf": Method(lambda b: text_similarity.tfidf(b.corpus.train), texts=True),
+        "ngram_tfidf": Method(lambda b: text_similarity.tfidf(b.corpus.train, 3), texts=True),
+        "bm25": Method(lambda b: b.corpus.train, lambda t, s: bm25(t, k1=s[0], b=s[1]), searches, texts=True),
+        "feature_similarity": Method(
+            lambda b: text_similarity.embedding_similarity(b.model, b.corpus.train), texts=True
+        ),
+        **{name: Method(partial(_ngram_models, order=order)) for name, order in NAMES.items()},
+    }
+
+
+def gradient_methods(parameters: Sequence[str], rank: int) -> dict[str, Method]:
+    """Products of gradients and projected influence.
+
+    parameters: patterns of the layers below the output whose gradients are taken; those of the output embedding are
+    computed in closed form. rank: of LoGra's projections.
+    """
+
+    def problem(bench: LMBench) -> Problem:
+        return bench.model.problem(bench.corpus.train, parameters)
+
+    def head(bench: LMBench) -> TokenProducts:
+        return TokenProducts(bench.model, bench.examples("train"))
+
+    kinds = {"dot": "last_layer_dot", "cosine": "last_layer_cosine", "adam_dot": "adam_dot"}
+    found = {name: Method(head, partial(_of_kind, kind=kind)) for kind, name in kinds.items()}
+    found["last_layer"] = Method(head, lambda p, s: _of_kind(replace(p, damping=s), None, kind="damped"), DAMPINGS)
+    for kind in ("dot", "cosine"):
+        found[f"gradient_{kind}"] = Method(lambda b: GradientProducts(problem(b)), partial(_of_kind, kind=kind))
+    found["logra"] = Method(problem, lambda p, s: fit_logra(p, LoGraSettings(rank, damping=s)), DAMPINGS)
+    return found
+
+
+def _ngram_models(bench: LMBench, order: int) -> Answer:
+    model = NgramLM(bench.examples("train"), order, len(bench.corpus.tokenizer))
+    return Answer(lambda queries: -model.losses(bench.masks, queries) / lengths(queries))
+
+
+def _of_kind(products: TokenProducts | GradientProducts, _: None, kind: str) -> Answer:
+    return Answer(lambda queries: products.scores(queries, kind))
+
+
+def lengths(queries: Examples) -> Tensor:
+    """Labelled tokens of each query: (q,). Ground truths are of mean losses."""
+    return (queries.targets >= 0).sum(1)
