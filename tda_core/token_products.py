@@ -24,62 +24,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from tda_core.examples import Examples
 from tda_core.language import LanguageModel
 from tda_core.store import load_tensors, save_tensors
-from tda_core.token_table import TokenTable, token_table
+from tda_core.token_gradients import HeadGradients, head_of, position_weights, slices_of
+from tda_core.token_table import token_table
 
 KINDS = ("dot", "cosine", "adam_dot", "damped")
-REDUCTIONS = ("mean", "sum")
 EPSILON = 1e-8
-# Floats of the training gradients in one slice of the vocabulary (256 MB), and of probabilities beside them.
-HELD, PROBABILITIES = 2**26, 2**23
-
-
-@dataclass(frozen=True, eq=False)
-class Gradients:
-    """The gradients of n documents, a slice of the vocabulary at a time.
-
-    table: their positions. normalisers: (N,) logarithms of the sums over exp(logits). weights: (N,) of the positions
-    in their document's loss.
-    """
-
-    model: LanguageModel
-    table: TokenTable
-    normalisers: Tensor
-    weights: Tensor
-
-    @classmethod
-    def of(cls, model: LanguageModel, examples: Examples, reduction: str) -> "Gradients":
-        table = token_table(model, examples)
-        size = max(1, PROBABILITIES // len(head_of(model)[0]))
-        normalisers = torch.cat([_logits(model, part).logsumexp(1) for part in table.last.split(size)])
-        weights = torch.ones(len(table)) if reduction == "sum" else 1 / table.lengths[table.documents]
-        return cls(model, table, normalisers, weights)
-
-    def of_tokens(self, tokens: slice) -> Tensor:
-        """Rows of the gradients that belong to a slice of the vocabulary: (n, s d), float32."""
-        width = tokens.stop - tokens.start
-        found = torch.empty(self.table.n_documents, width, self.table.last.shape[1])
-        starts = self.table.starts.tolist()
-        size = max(1, PROBABILITIES // (width * int(self.table.lengths.max())))
-        for block in torch.arange(len(found)).split(size):
-            first, end = starts[block[0]], starts[block[-1] + 1]
-            residuals = self._residuals(slice(first, end), tokens)
-            for i in block.tolist():
-                own = slice(starts[i] - first, starts[i + 1] - first)
-                torch.mm(residuals[own].T, self.table.last[starts[i] : starts[i + 1]], out=found[i])
-        return found.flatten(1)
-
-    def _residuals(self, rows: slice, tokens: slice) -> Tensor:
-        """Weighted p - y (N', s) of some positions and tokens."""
-        found = _logits(self.model, self.table.last[rows], tokens).sub_(self.normalisers[rows, None]).exp_()
-        targets = self.table.targets[rows] - tokens.start
-        inside = ((targets >= 0) & (targets < found.shape[1])).nonzero()[:, 0]
-        found[inside, targets[inside]] -= 1
-        return found.mul_(self.weights[rows, None])
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,8 +50,8 @@ class TokenProducts:
     damping: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.reduction not in REDUCTIONS:
-            raise ValueError(f"unknown reduction {self.reduction!r}, expected one of {REDUCTIONS}")
+        if self.reduction not in ("mean", "sum"):
+            raise ValueError(f"unknown reduction {self.reduction!r}, expected 'mean' or 'sum'")
         if not (math.isfinite(self.damping) and self.damping > 0):
             raise ValueError(f"damping must be finite and > 0, got {self.damping}")
 
@@ -110,11 +63,11 @@ class TokenProducts:
         """Scores by kind, in one pass over the training set. ValueError for an unknown kind and no kind at all."""
         if not kinds or not set(kinds) <= set(KINDS):
             raise ValueError(f"kinds must be some of {KINDS}, got {tuple(kinds)}")
-        goals = Gradients.of(self.model, queries, self.reduction)
+        goals = self._gradients_of(queries)
         found = {kind: torch.zeros(len(queries), len(self.train), dtype=torch.float64) for kind in ("dot", "adam_dot")}
         norms = [torch.zeros(len(part), dtype=torch.float64) for part in (queries, self.train)]
         for tokens in self._slices():
-            asked, own = goals.of_tokens(tokens), self._gradients.of_tokens(tokens)
+            asked, own = (part.of_tokens(tokens).flatten(1) for part in (goals, self._gradients))
             found["dot"] += asked @ own.T
             for total, part in zip(norms, (asked, own), strict=True):
                 total += part.square().sum(1)
@@ -139,20 +92,21 @@ class TokenProducts:
         """Products of the training documents' gradients with each other: (n, n) float64."""
         total = torch.zeros(len(self.train), len(self.train), dtype=torch.float64)
         for tokens in self._slices():
-            own = self._gradients.of_tokens(tokens)
+            own = self._gradients.of_tokens(tokens).flatten(1)
             total += own @ own.T
         return total
 
     @cached_property
-    def _gradients(self) -> Gradients:
-        return Gradients.of(self.model, self.train, self.reduction)
+    def _gradients(self) -> HeadGradients:
+        return self._gradients_of(self.train)
+
+    def _gradients_of(self, examples: Examples) -> HeadGradients:
+        table = token_table(self.model, examples)
+        return HeadGradients.of(self.model, table, table.last, position_weights(table, self.reduction))
 
     def _slices(self) -> Iterator[slice]:
-        """Slices of the vocabulary whose training gradients fit together."""
         n_tokens, width = head_of(self.model)[0].shape
-        size = max(1, HELD // (len(self.train) * width))
-        for start in tqdm(range(0, n_tokens, size), desc="slices of the vocabulary", leave=False):
-            yield slice(start, min(start + size, n_tokens))
+        return slices_of(n_tokens, len(self.train) * width)
 
     def save(self, path: Path | str) -> None:
         """Write the settings, the kernel, and the hashes of model and data to one file."""
@@ -172,17 +126,3 @@ class TokenProducts:
         loaded = cls(model, train, **found["token_products"])
         loaded.__dict__["kernel"] = tensors["kernel"]
         return loaded
-
-
-def head_of(model: LanguageModel) -> tuple[Tensor, Tensor | None]:
-    """The output embedding (V, d) and its bias (V,), None where it has none."""
-    head = model.model.get_output_embeddings()
-    bias = getattr(head, "bias", None)
-    return head.weight.detach(), None if bias is None else bias.detach()
-
-
-def _logits(model: LanguageModel, last: Tensor, tokens: slice | None = None) -> Tensor:
-    """Logits (N, s) of a slice of the vocabulary, all of it by default, in float32."""
-    weight, bias = (None if part is None else part[tokens or slice(None)].float() for part in head_of(model))
-    found = last @ weight.cpu().T
-    return found if bias is None else found + bias.cpu()

@@ -6,10 +6,11 @@ from language_toys import language_model, text_pairs
 from torch import Tensor
 from torch.nn import functional as F
 
-from tda_core import token_products
+from tda_core import token_gradients
 from tda_core.examples import IGNORED
 from tda_core.language import LanguageModel
-from tda_core.token_products import KINDS, TokenProducts, head_of
+from tda_core.token_gradients import head_of
+from tda_core.token_products import KINDS, TokenProducts
 
 TRAIN, QUERIES = text_pairs(9), text_pairs(4, seed=1)
 
@@ -68,8 +69,8 @@ def test_products_are_those_of_autograd(kind, bias, reduction):
 def test_slices_of_the_vocabulary_add_up(monkeypatch, held):
     model = language_model()
     whole = TokenProducts(model, model.examples(TRAIN)).all_scores(model.examples(QUERIES))
-    monkeypatch.setattr(token_products, "HELD", held)
-    monkeypatch.setattr(token_products, "PROBABILITIES", 50)
+    monkeypatch.setattr(token_gradients, "HELD", held)
+    monkeypatch.setattr(token_gradients, "PROBABILITIES", 50)
     products = TokenProducts(model, model.examples(TRAIN))
     assert len(list(products._slices())) in (6, 40)
     for kind, values in products.all_scores(model.examples(QUERIES)).items():
