@@ -10,7 +10,7 @@ predictions alike, because how well a run trained at all is common to all querie
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,11 @@ class LMBench:
     @cached_property
     def _examples(self) -> dict[str, Examples]:
         return {part: self.model.examples(getattr(self.corpus, part)) for part in PARTS}
+
+    def asking(self, n: int) -> "LMBench":
+        """The same bench with the first n test queries alone, for methods that are slow to ask."""
+        corpus = replace(self.corpus, test=self.corpus.test[:n])
+        return replace(self, corpus=corpus, test=self.test.queries(slice(0, n)))
 
     def lds(self, found: Tensor, *, raw: bool = False, part: str = "test") -> Estimate:
         """LDS on test (or validation) queries of scores (q, n), or of predictions (m, q) of what is not additive."""

@@ -13,16 +13,25 @@ from torch import Tensor
 
 from tda_core import text_similarity
 from tda_core.bm25 import bm25
+from tda_core.designs import left_regular
 from tda_core.examples import Examples
 from tda_core.gradients import random_scores
+from tda_core.icp import PLAIN, fit_icp
 from tda_core.inner_products import GradientProducts
+from tda_core.language import LanguageModel
 from tda_core.lm_bench import LMBench
 from tda_core.logra import LoGraSettings, fit_logra
 from tda_core.metrics import Estimate
 from tda_core.ngram_lm import NAMES, NgramLM
 from tda_core.problem import Problem
+from tda_core.recovery import Penalty
 from tda_core.speed import watched
+from tda_core.stride import Recovery
+from tda_core.text_pairs import TextPairs
 from tda_core.token_products import TokenProducts
+from tda_core.token_simulation import HeadDynamics, simulate_head
+from tda_core.token_steering import PUBLISHED, TokenSteering
+from tda_core.token_stride import TokenStride, fit_token_stride
 
 DAMPINGS = (0.01, 0.1, 1.0, 10.0)
 
@@ -127,6 +136,64 @@ def gradient_methods(parameters: Sequence[str], rank: int) -> dict[str, Method]:
         found[f"gradient_{kind}"] = Method(lambda b: GradientProducts(problem(b)), partial(_of_kind, kind=kind))
     found["logra"] = Method(problem, lambda p, s: fit_logra(p, LoGraSettings(rank, damping=s)), DAMPINGS)
     return found
+
+
+def steering_methods(n_operators: int, degree: int, settings: TokenSteering | None = None) -> dict[str, Method]:
+    """STRIDE as published, as far as that is known, and with settings whose recovery is chosen on validation queries.
+
+    n_operators: K. degree: subsets that each document joins. settings: of the tuned operators, default `TokenSteering`.
+    """
+
+    def prepare(steering: TokenSteering, bench: LMBench) -> TokenStride:
+        membership = left_regular(len(bench.corpus.train), n_operators, degree, seed=0)
+        return fit_token_stride(bench.model, bench.examples("train"), membership, steering)
+
+    def finish(stride: TokenStride, recovery: Recovery) -> Answer:
+        recovering = stride.recovering(recovery)
+        return Answer(lambda queries: recovering.scores(queries) / lengths(queries)[:, None])
+
+    penalties = (Penalty(), Penalty(nonnegative=True))
+    recoveries = [Recovery(lam, penalty) for penalty in penalties for lam in (0.01, 0.03, 0.1, 0.3)]
+    return {
+        "stride/untuned": Method(partial(prepare, PUBLISHED), finish, [Recovery("universal")]),
+        "stride/tuned": Method(partial(prepare, settings or TokenSteering()), finish, recoveries),
+    }
+
+
+def simulation() -> Method:
+    """Forward-only simulation of the output head on frozen states, from a head that knows nothing."""
+    grid = [
+        HeadDynamics(horizon, adaptivity=adaptivity, start=start)
+        for horizon in (1, 10, 100)
+        for adaptivity in (0.5, 1.0)
+        for start in ("flat", "frequency", "model")
+    ]
+    return Method(lambda b: b, lambda b, dynamics: simulate_head(b.model, b.examples("train"), dynamics), grid)
+
+
+def probing() -> Method:
+    """In-context probing, with each document cut to what leaves room for another one in the window."""
+
+    def prepare(bench: LMBench) -> Answer:
+        model = bench.model
+        room = None if model.window is None else (model.window - len(model.start) - 1) // 2
+        pool = cropped(model, bench.corpus.train, room)
+        icp = fit_icp(model, pool, PLAIN, variant="gain_per_token")
+        return Answer(lambda queries: icp.scores(cropped(model, queries, room)))
+
+    return Method(prepare, texts=True)
+
+
+def cropped(model: LanguageModel, pairs: TextPairs, n_tokens: int | None) -> TextPairs:
+    """The pairs with responses of at most so many tokens, prompts included (None: as they are)."""
+    if n_tokens is None:
+        return pairs
+    prompts, responses = model.split(pairs)
+    short = [
+        response if len(prompt) + len(tokens) <= n_tokens else model.tokenizer.decode(tokens[: n_tokens - len(prompt)])
+        for prompt, tokens, response in zip(prompts, responses, pairs.responses, strict=True)
+    ]
+    return TextPairs(pairs.prompts, tuple(short))
 
 
 def _ngram_models(bench: LMBench, order: int) -> Answer:
