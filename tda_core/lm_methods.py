@@ -19,13 +19,13 @@ from tda_core.gradients import random_scores
 from tda_core.icp import PLAIN, fit_icp
 from tda_core.inner_products import GradientProducts
 from tda_core.language import LanguageModel
-from tda_core.lm_bench import LMBench
+from tda_core.lm_bench import LMBench, Subject
 from tda_core.logra import LoGraSettings, fit_logra
 from tda_core.metrics import Estimate
 from tda_core.ngram_lm import NAMES, NgramLM
 from tda_core.problem import Problem
 from tda_core.recovery import Penalty
-from tda_core.speed import watched
+from tda_core.speed import Watched, watched
 from tda_core.stride import Recovery
 from tda_core.text_pairs import TextPairs
 from tda_core.token_products import TokenProducts
@@ -53,19 +53,19 @@ def unchanged(prepared: Any, _: Any) -> Any:
 
 @dataclass(frozen=True)
 class Method:
-    """prepare: bench -> anything. finish: (that, setting) -> an object with scores(queries): scores (q, n), or
-    predictions (m, q) of each subset.
+    """prepare: bench, or `Subject` where no ground truth is needed, -> anything. finish: (that, setting) -> an object
+    with scores(queries), which gives scores (q, n), or predictions (m, q) of each subset.
 
     settings: what `finish` may be given; with more than one, the highest LDS on validation queries decides. texts:
     whether queries are text pairs, instead of sequences of tokens.
     """
 
-    prepare: Callable[[LMBench], Any]
+    prepare: Callable[[Any], Any]
     finish: Callable[[Any, Any], Any] = unchanged
     settings: Sequence[Any] = (None,)
     texts: bool = False
 
-    def queries(self, bench: LMBench, part: str) -> Any:
+    def queries(self, bench: Subject, part: str) -> Any:
         return getattr(bench.corpus, part) if self.texts else bench.examples(part)
 
 
@@ -91,13 +91,23 @@ def judge(bench: LMBench, method: Method) -> Judged:
     if len(method.settings) > 1:
         validation = method.queries(bench, "validation")
         setting, table = bench.choose(lambda s: method.finish(prepared.value, s).scores(validation), method.settings)
-    queries = method.queries(bench, "test")
+    found, *cost = _asked(method, prepared, setting, method.queries(bench, "test"))
+    return Judged(found, setting, table, *cost, bench.lds(found), bench.lds(found, raw=True))
+
+
+def costs(subject: Subject, method: Method) -> tuple[float, float, float | None]:
+    """CPU seconds of fitting with the first setting, milliseconds a test query, and peak memory in MB."""
+    prepared = watched(lambda: method.prepare(subject))
+    _, *cost = _asked(method, prepared, method.settings[0], method.queries(subject, "test"))
+    return tuple(cost)
+
+
+def _asked(method: Method, prepared: Watched, setting: Any, queries: Any) -> tuple[Tensor, float, float, float | None]:
+    """Scores of the queries; CPU seconds of preparing and finishing, ms a query, peak MB."""
     built = watched(lambda: method.finish(prepared.value, setting))
     answer = watched(lambda: built.value.scores(queries))
     peaks = [part.megabytes for part in (prepared, built, answer) if part.megabytes is not None]
-    found = answer.value
-    cost = prepared.cpu + built.cpu, 1e3 * answer.wall / len(queries), max(peaks, default=None)
-    return Judged(found, setting, table, *cost, bench.lds(found), bench.lds(found, raw=True))
+    return answer.value, prepared.cpu + built.cpu, 1e3 * answer.wall / len(queries), max(peaks, default=None)
 
 
 def controls() -> dict[str, Method]:
@@ -123,10 +133,10 @@ def gradient_methods(parameters: Sequence[str], rank: int) -> dict[str, Method]:
     computed in closed form. rank: of LoGra's projections.
     """
 
-    def problem(bench: LMBench) -> Problem:
+    def problem(bench: Subject) -> Problem:
         return bench.model.problem(bench.corpus.train, parameters)
 
-    def head(bench: LMBench) -> TokenProducts:
+    def head(bench: Subject) -> TokenProducts:
         return TokenProducts(bench.model, bench.examples("train"))
 
     kinds = {"dot": "last_layer_dot", "cosine": "last_layer_cosine", "adam_dot": "adam_dot"}
@@ -144,7 +154,7 @@ def steering_methods(n_operators: int, degree: int, settings: TokenSteering | No
     n_operators: K. degree: subsets that each document joins. settings: of the tuned operators, default `TokenSteering`.
     """
 
-    def prepare(steering: TokenSteering, bench: LMBench) -> TokenStride:
+    def prepare(steering: TokenSteering, bench: Subject) -> TokenStride:
         membership = left_regular(len(bench.corpus.train), n_operators, degree, seed=0)
         return fit_token_stride(bench.model, bench.examples("train"), membership, steering)
 
@@ -174,7 +184,7 @@ def simulation() -> Method:
 def probing() -> Method:
     """In-context probing, with each document cut to what leaves room for another one in the window."""
 
-    def prepare(bench: LMBench) -> Answer:
+    def prepare(bench: Subject) -> Answer:
         model = bench.model
         room = None if model.window is None else (model.window - len(model.start) - 1) // 2
         pool = cropped(model, bench.corpus.train, room)
