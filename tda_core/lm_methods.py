@@ -21,13 +21,15 @@ from tda_core.inner_products import GradientProducts
 from tda_core.language import LanguageModel
 from tda_core.lm_bench import LMBench, Subject
 from tda_core.logra import LoGraSettings, fit_logra
-from tda_core.metrics import Estimate
+from tda_core.metrics import Estimate, centred
 from tda_core.ngram_lm import NAMES, NgramLM
 from tda_core.problem import Problem
 from tda_core.recovery import Penalty
 from tda_core.speed import Watched, watched
 from tda_core.stride import Recovery
+from tda_core.term_weights import fit_term_weights
 from tda_core.text_pairs import TextPairs
+from tda_core.token_closed_form import TERMS, TokenClosedForm, TokenSettings, token_closed_form
 from tda_core.token_products import TokenProducts
 from tda_core.token_simulation import HeadDynamics, simulate_head
 from tda_core.token_steering import PUBLISHED, TokenSteering
@@ -179,6 +181,25 @@ def simulation() -> Method:
         for start in ("flat", "frequency", "model")
     ]
     return Method(lambda b: b, lambda b, dynamics: simulate_head(b.model, b.examples("train"), dynamics), grid)
+
+
+def closed_forms(residuals: str = "counts") -> dict[str, Method]:
+    """Steering operators in closed form: all terms with weights from validation queries, and a few with equal weights.
+
+    residuals: as in `TokenSettings`.
+    """
+
+    def weighted(bench: LMBench) -> TokenClosedForm:
+        settings = TokenSettings(TERMS, (1.0,) * len(TERMS), layer=0.6, residuals=residuals)
+        form = token_closed_form(bench.model, bench.examples("train"), settings)
+        terms = centred(form.term_scores(bench.examples("validation")), 1)
+        outcomes = centred(bench.validation.outcomes.mean(1))
+        return form.weighted(fit_term_weights(terms, bench.validation.masks, outcomes).values)
+
+    def plain(bench: Subject) -> TokenClosedForm:
+        return token_closed_form(bench.model, bench.examples("train"), TokenSettings(residuals=residuals))
+
+    return {"stride_closed_form/tuned": Method(weighted), "stride_closed_form/untuned": Method(plain)}
 
 
 def probing() -> Method:
