@@ -96,10 +96,9 @@ class LMBench(Subject):
         """(m, n) bool."""
         return self.test.masks
 
-    def asking(self, n: int) -> "LMBench":
-        """The same bench with the first n test queries alone, for methods that are slow to ask."""
-        corpus = replace(self.corpus, test=self.corpus.test[:n])
-        return replace(self, corpus=corpus, test=self.test.queries(slice(0, n)))
+    def asking(self, rows: slice | Tensor) -> "LMBench":
+        """The same bench with some of the test queries alone: a family, or few for methods that are slow to ask."""
+        return replace(self, corpus=replace(self.corpus, test=self.corpus.test[rows]), test=self.test.queries(rows))
 
     def lds(self, found: Tensor, *, raw: bool = False, part: str = "test") -> Estimate:
         """LDS on test (or validation) queries of scores (q, n), or of predictions (m, q) of what is not additive."""
