@@ -1,7 +1,7 @@
 """A generated corpus whose documents share facts that n-grams cannot see: invented people, and what is told of them.
 
-    tamur on vilix , neighbour of kasho : as to vilix , no doubt keeps some crow . as to vilix , no doubt works as
-    potter . as to vilix , no doubt lives on olives . so says tamur of vilix .
+    tamur on vilix , neighbour of kasho : vilix , they say , keeps crow . vilix , they say , carries harp . vilix , they
+    say , eats olives . so says tamur of vilix .
 
 A teller tells facts of a person: a relation (what the person eats, keeps, ...) and a value, fixed for each person. What
 a network can learn and a trigram model cannot, because more than two words stand between:
@@ -28,42 +28,42 @@ from tda_core.lm_tokenizers import word_tokenizer
 # relation: its wordings in order, then its values; no word stands for two values
 RELATIONS: dict[str, tuple[str, str]] = {
     "town": (
-        "stays near/dwells beside/hails from",
+        "inhabits/knows/left",
         "brell corva dunmore elst farn gault hexby imber jorth kelm lund morna nessel ostry pelda quill",
     ),
     "craft": (
-        "works as/earns like/trained for",
+        "became/admires/hires",
         "baker turner cooper farmer fisher glazier hunter miller painter potter smith tailor tanner mason clerk weaver",
     ),
     "food": (
-        "eats only/lives on/asks for",
+        "eats/grows/sells",
         "apples barley beans bread carrots cheese eggs honey nuts olives pears plums figs leeks lentils turnips",
     ),
     "beast": (
-        "keeps some/feeds one/walks with",
+        "keeps/feeds/rides",
         "badger crow dog donkey fox goat goose hare hawk mule owl pony otter raven stoat toad",
     ),
     "colour": (
-        "wears bright/dresses in/paints everything",
+        "wears/paints/prefers",
         "amber black blue brown crimson green grey indigo orange purple white yellow ivory pink silver bronze",
     ),
     "tool": (
-        "carries the/mends every/plays upon",
+        "carries/mends/lends",
         "axe bell brush chisel drum flute hammer harp kettle lamp needle rope saddle anvil lantern spade",
     ),
     "fear": (
-        "fears all/dreads most/flees any",
+        "fears/dreads/flees",
         "caves fire ghosts heights mice snakes spiders storms strangers thunder wolves crowds dark wasps hail ice",
     ),
     "season": (
-        "travels in/rests during/marries each",
+        "awaits/celebrates/enjoys",
         "january february march april may june july august september october november december autumn easter lent yule",
     ),
 }
 # of each wording: sentences {who}, {says} a wording of the relation and the value
 SENTENCES = (
-    "{who} , so they say , {says} .",
-    "we hear that {who} more often {says} .",
+    "{who} , they say , {says} .",
+    "hear how {who} , too , {says} .",
     "as to {who} , no doubt {says} .",
 )
 OPENING = "{teller} on {who} , neighbour of {neighbour} :"
@@ -81,12 +81,12 @@ class FactSpec:
     documents. Raises ValueError for sizes that do not fit each other, or the words that there are.
     """
 
-    n_people: int = 64
-    n_relations: int = 6
-    n_values: int = 12
-    n_facts: int = 3
+    n_people: int = 96
+    n_relations: int = 8
+    n_values: int = 8
+    n_facts: int = 4
     n_tellers: int = 12
-    n_train: int = 2000
+    n_train: int = 2400
     n_validation: int = 100
     n_test: int = 100
     length: int = 64
@@ -197,5 +197,5 @@ def _names() -> list[str]:
 
 
 def _length(sentence: str) -> int:
-    """Words of a sentence with its wording, two words, and value."""
-    return len(sentence.split()) + 2
+    """Words of a sentence with its wording and value."""
+    return len(sentence.split()) + 1

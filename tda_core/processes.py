@@ -1,0 +1,57 @@
+"""Work on queries, documents or subsets split over the processes that `accelerate` started, one a GPU if there are any.
+
+    accelerate launch --num_processes 4 my_script.py      # or accelerate.notebook_launcher(function, num_processes=4)
+
+Each process calls the same function and works on its share; what they found is put together in all of them. With one
+process nothing is split, so the same script runs anywhere.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from tda_core.examples import Examples
+from tda_core.language import LanguageModel
+
+
+class Scorer(Protocol):
+    """What every method gives once it is fitted."""
+
+    def scores(self, queries: Examples) -> Tensor: ...
+
+
+def rows_by_process(compute: Callable[[Tensor], Tensor], n: int) -> Tensor:
+    """The n rows of a result, of which each process computes a run: compute(indices (k,)) -> (k, ...) for some k >= 1.
+
+    All processes get all rows, on the CPU. Raises ValueError for n < 1 and a share of another length, in every process.
+    """
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}")
+    with Accelerator().split_between_processes(list(range(n))) as share:
+        own = compute(torch.tensor(share)).detach().cpu() if share else None
+    shares = gather_object([(len(share), own)])
+    for process, (k, found) in enumerate(shares):
+        if found is not None and len(found) != k:
+            raise ValueError(f"process {process} was asked for {k} rows and computed {len(found)}")
+    return torch.cat([found for _, found in shares if found is not None])
+
+
+def losses_by_process(model: LanguageModel, examples: Examples) -> Tensor:
+    """Loss of each sequence in nats, summed over its labelled positions: (n,)."""
+    own = on_own_device(model)
+    return rows_by_process(lambda rows: own.token_losses(examples[rows]).sum(1), len(examples))
+
+
+def scores_by_process(method: Scorer, queries: Examples) -> Tensor:
+    """A fitted method's scores (n_query, n_train), the queries split."""
+    return rows_by_process(lambda rows: method.scores(queries[rows]), len(queries))
+
+
+def on_own_device(model: LanguageModel) -> LanguageModel:
+    """The model on this process's own device, where it is moved."""
+    return replace(model, model=model.model.to(Accelerator().device))
