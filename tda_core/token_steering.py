@@ -36,11 +36,13 @@ class TokenSteering:
     basis: "linear", learned with the operators, from a random start; "random", fixed; "whitened", the `rank` principal
     directions of the states, scaled to mean square 1; "identity", all of the states (rank is not used). fidelity,
     stability, linearity: weights of the losses, all per token; sketch and gamma belong to the last.
-    steps, rate: of Adam. second_moment: "own" scales every operator's steps by its own gradients as Adam does; "shared"
-    by the mean square over operators, so that a step stays linear in the gradient. members: a subset's own documents
-    in a step, visited in turn; outside: documents for the stability of all (None: all). restricted: most probable
-    tokens that log-softmaxes keep besides the targets (None: the full vocabulary). budget: bytes that the blocks worked
-    on may take, beside matrices, moments and the table. save_every: steps between checkpoints.
+    steps, rate: of Adam. full_start: the first step, from zero, takes all documents of all subsets (one pass over the
+    documents, whose residuals all operators share there), not those drawn. second_moment: "own" scales every
+    operator's steps by its own gradients as Adam does; "shared" by the mean square over operators, so that a step
+    stays linear in the gradient. members: a subset's own documents in a step, visited in turn; outside: documents for
+    the stability of all (None: all). restricted: most probable tokens that log-softmaxes keep besides the targets
+    (None: the full vocabulary). budget: bytes that the blocks worked on may take, beside matrices, moments and the
+    table. save_every: steps between checkpoints.
     """
 
     layer: int | float | None = None
@@ -53,6 +55,7 @@ class TokenSteering:
     gamma: float = 1.0
     steps: int = 25
     rate: float = 0.02
+    full_start: bool = True
     second_moment: str = "shared"
     members: int | None = 8
     outside: int | None = 4

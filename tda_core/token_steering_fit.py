@@ -7,6 +7,7 @@ same losses for classifiers, and is the reference that tests compare with).
 """
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -153,18 +154,22 @@ class _Training:
         projection, losses = state["projection"], torch.zeros(3, dtype=torch.float64)
         if self.residual is not None:
             outside, losses[2] = self._with_pull(outside, state)
-        own = settings.second_moment == "own"
-        square, pull = torch.zeros_like(state["second"][0] if own else state["second"]), torch.zeros_like(projection)
-        for k in range(self.k):
-            gradient, own_losses = self._gradient(k, step, state, outside, pull if state.learned else None)
-            losses[:2] += own_losses / self.k
-            state["first"][k].lerp_(gradient, 1 - BETAS[0])
-            if own:
-                state["second"][k].lerp_(gradient.square_(), 1 - BETAS[1])
-            else:
-                square.add_(gradient.square_(), alpha=1 / self.k)
+        own, pull = settings.second_moment == "own", torch.zeros_like(projection)
         if not own:
-            state["second"].lerp_(square, 1 - BETAS[1])
+            state["second"].mul_(BETAS[1])
+        starts = step == 0 and settings.full_start
+        if starts:
+            losses[0] = self._start(state["first"], projection)
+        for k in range(self.k):
+            if starts:  # all else is flat at zero, and the matrices' moments hold nothing yet
+                gradient = state["first"][k].clone()
+                state["first"][k].zero_()
+            else:
+                gradient, own_losses = self._gradient(k, step, state, outside, pull if state.learned else None)
+                losses[:2] += own_losses / self.k
+            state["first"][k].lerp_(gradient, 1 - BETAS[0])
+            second = state["second"][k].mul_(BETAS[1]) if own else state["second"]
+            second.add_(gradient.square_(), alpha=(1 - BETAS[1]) / (1 if own else self.k))
         for k in range(self.k):
             second = state["second"][k] if own else state["second"]
             _move(state["matrices"][k], state["first"][k], second, step, settings.rate)
@@ -176,6 +181,29 @@ class _Training:
             _move(projection, first, second, step, settings.rate * float(projection.square().mean().sqrt()))
         state["losses"][step] = losses.float()
         state["step"].fill_(step + 1)
+
+    def _start(self, gradients: Tensor, projection: Tensor) -> float:
+        """Add the gradients of all operators' fidelities where all are zero to (K, r, V), and their mean value.
+
+        Residuals are the frozen model's there, so that each document's part is formed once for all its subsets.
+        """
+        table, columns_of = self.documents.table, self.documents.membership
+        weights = self._weights(torch.arange(len(table)))
+        totals = torch.from_numpy(columns_of @ table.sums(weights.cpu()).numpy())
+        totals = totals.clamp_min(torch.finfo(torch.float32).tiny).to(weights)
+        value = 0.0
+        for i, (start, end) in enumerate(pairwise(table.starts.tolist())):
+            rows = torch.arange(start, end)
+            tokens = self.source.columns(table.targets[rows])
+            flow, nll = self._fidelity(rows, weights[rows], tokens, None)
+            part = projection.T @ flow
+            for k in columns_of.indices[columns_of.indptr[i] : columns_of.indptr[i + 1]].tolist():
+                value += nll / float(totals[k]) / self.k
+                if tokens is None:
+                    gradients[k].add_(part, alpha=1 / float(totals[k]))
+                else:
+                    gradients[k].index_add_(1, tokens, part, alpha=1 / float(totals[k]))
+        return value
 
     def _gradient(
         self, k: int, step: int, state: _State, outside: _Outside, pull: Tensor | None
@@ -205,14 +233,20 @@ class _Training:
         size = len(order) if self.settings.members is None else min(self.settings.members, len(order))
         picked = order[(step * size + np.arange(size)) % len(order)]
         rows = table.rows_of(torch.from_numpy(picked.astype(np.int64)))
-        given = self.documents.weights
-        weights = torch.ones(len(rows)) if given is None else given[rows].float()
+        weights = self._weights(rows)
         weights = weights / weights.sum().clamp_min(torch.finfo(torch.float32).tiny)
-        return rows, weights.to(self.source.head.weight), self.source.columns(table.targets[rows])
+        return rows, weights, self.source.columns(table.targets[rows])
 
-    def _fidelity(self, rows: Tensor, weights: Tensor, columns: Tensor | None, shift: Tensor) -> tuple[Tensor, float]:
-        """The gradient of the weighted cross-entropy in the shift (d, c), and its value."""
-        flow, value, done = torch.zeros_like(shift), 0.0, 0
+    def _weights(self, rows: Tensor) -> Tensor:
+        given = self.documents.weights
+        return (torch.ones(len(rows)) if given is None else given[rows]).to(self.source.head.weight)
+
+    def _fidelity(
+        self, rows: Tensor, weights: Tensor, columns: Tensor | None, shift: Tensor | None
+    ) -> tuple[Tensor, float]:
+        """The gradient of the weighted cross-entropy in the shift (d, c), and its value, at a shift (None: at zero)."""
+        c = self.source.head.n_tokens if columns is None else len(columns)
+        flow, value, done = weights.new_zeros(self.documents.table.hidden.shape[1], c), 0.0, 0
         for part, block in self.source.blocks(rows, columns):
             own = weights[done : done + len(part)]
             done += len(part)
@@ -220,7 +254,7 @@ class _Training:
             at = p.gather(1, block.targets[:, None])
             value -= float((own * _log(at[:, 0])).sum())
             p.scatter_(1, block.targets[:, None], at - 1)
-            flow.addmm_((self.settings.fidelity * own[:, None] * block.hidden).T, p[:, : shift.shape[1]])
+            flow.addmm_((self.settings.fidelity * own[:, None] * block.hidden).T, p[:, :c])
         return flow, value
 
     def _outside(self, step: int) -> _Outside:

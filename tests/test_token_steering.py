@@ -75,6 +75,7 @@ def reference(settings, weights=None):
     "changes",
     [
         {},
+        {"full_start": False},
         {"budget": 1},
         {"layer": 0.5},
         {"layer": 1, "basis": "linear", "rank": 4, "linearity": 3.0, "sketch": 2},
@@ -206,11 +207,11 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch, changes):
 
 @pytest.mark.parametrize("change", ["seed", "settings", "weights", "membership"])
 def test_a_store_keeps_runs_apart(tmp_path, change):
-    store, settings = Store(tmp_path), FULL.but(steps=1)
+    store, settings = Store(tmp_path), FULL.but(steps=1, full_start=False, members=2)
     first, _ = fit_token_operators(documents(), settings, seed=0, store=store)
     weights = torch.linspace(0, 1, int((TRAIN.targets >= 0).sum())) if change == "weights" else None
     others = balanced(12, 5, 2, seed=1) if change == "membership" else MEMBERSHIP
-    settings = settings.but(rate=0.1) if change == "settings" else settings.but(members=2)
+    settings = settings.but(rate=0.1) if change == "settings" else settings
     data = documents(weights=weights, membership=others)
     second, _ = fit_token_operators(data, settings, seed=int(change == "seed"), store=store)
     assert not torch.equal(first.matrices, second.matrices)
