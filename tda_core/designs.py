@@ -30,7 +30,7 @@ def left_regular(n: int, n_subsets: int, degree: int, *, seed: int) -> sparse.cs
     rng = np.random.default_rng(seed)
     chosen = np.empty((n, degree), dtype=np.int32)
     for part in _chunks(n):
-        chosen[part] = _distinct(len(chosen[part]), n_subsets, degree, rng)
+        chosen[part] = distinct(len(chosen[part]), n_subsets, degree, rng)
     return _from_columns(chosen, n_subsets)
 
 
@@ -123,7 +123,7 @@ def check_membership(M: Any) -> None:
 # -- how they are drawn -----------------------------------------------------------------------------
 
 
-def _distinct(n: int, n_subsets: int, degree: int, rng: np.random.Generator) -> np.ndarray:
+def distinct(n: int, n_subsets: int, degree: int, rng: np.random.Generator) -> np.ndarray:
     """n uniform draws of `degree` out of n_subsets without repetition, each sorted: (n, degree) int32.
 
     Floyd's algorithm: step j draws from 0..j, and takes j itself where that is taken already.

@@ -46,9 +46,7 @@ def bpe_tokenizer(texts: Sequence[str], *, vocabulary: int, length: int) -> PreT
     )
     tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() < vocabulary:
-        raise ValueError(
-            f"these texts give {tokenizer.get_vocab_size()} tokens, not {vocabulary}: take fewer or more text"
-        )
+        raise ValueError(f"these texts give {tokenizer.get_vocab_size()} tokens, not {vocabulary}: give more text")
     return _wrapped(tokenizer, length)
 
 

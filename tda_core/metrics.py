@@ -81,6 +81,54 @@ def lds_difference(scores_a: Array, scores_b: Array, masks: Array, outcomes: Arr
     return _mean_correlation([first, second], true, 1000, seed)
 
 
+def lds_of_predictions(predictions: Array, outcomes: Array, *, n_bootstrap: int = 1000, seed: int = 0) -> Estimate:
+    """`lds` of a method that predicts outcomes of subsets without being additive in examples.
+
+    predictions: (n_subsets, n_query), higher = better. Raises ValueError as `lds` does.
+    """
+    predicted, true = _fitting_predictions(predictions, outcomes)
+    return _mean_correlation([predicted], true, n_bootstrap, seed)
+
+
+def lds_of_predictions_difference(first: Array, second: Array, outcomes: Array, *, seed: int = 0) -> Estimate:
+    """LDS of the first predictions minus that of the second, paired as in `lds_difference`.
+
+    Those of scores are `predictions_of(scores, masks)`.
+    """
+    (predicted, true), (other, _) = (_fitting_predictions(values, outcomes) for values in (first, second))
+    return _mean_correlation([predicted, other], true, 1000, seed)
+
+
+def predictions_of(scores: Array, masks: Array) -> np.ndarray:
+    """What scores predict of each subset, the sum over its examples: (n_subsets, n_query).
+
+    Raises ValueError for masks that are not boolean, do not fit, or are all alike.
+    """
+    scores = as_array(scores, "scores", 2)
+    masks = np.asarray(masks.detach().cpu() if hasattr(masks, "detach") else masks)
+    if masks.dtype != np.bool_:
+        raise ValueError(f"masks must be boolean, got {masks.dtype}")
+    if masks.ndim != 2 or masks.shape[1] != scores.shape[1]:
+        raise ValueError(f"masks must be (n_subsets, {scores.shape[1]}) to fit scores, got {masks.shape}")
+    if (masks == masks[0]).all():
+        raise ValueError("all masks are the same subset: there is nothing to rank")
+    # Sums equal on paper can differ in the last bit with the order of addition: rounding keeps them tied.
+    scale = np.abs(scores).sum(1)
+    scale = np.where(scale > 0, scale, 1)
+    return np.round(masks.astype(np.float64) @ (scores / scale[:, None]).T, 12) * scale
+
+
+def centred(values: Array, axis: int = -1) -> Array:
+    """Values less their mean over queries: of outcomes and predictions (..., n_query); of scores with axis=0.
+
+    What all queries of a run share (it trained well, or badly) is gone, which for language models, where a query is
+    many tokens, hides what a method is asked: which query a subset helps. Raises ValueError for fewer than 2 queries.
+    """
+    if values.shape[axis] < 2:
+        raise ValueError(f"a mean over queries needs at least 2 of them to leave anything, got {values.shape[axis]}")
+    return values - values.mean(axis, keepdims=True)
+
+
 def check_sign(scores: Array, masks: Array, outcomes: Array) -> None:
     """Refuse a reversed score matrix: SignError where the LDS is significantly negative (interval below 0)."""
     found = lds(scores, masks, outcomes)
@@ -196,21 +244,20 @@ def as_array(value: Array, name: str, ndim: int) -> np.ndarray:
 def _predictions_and_outcomes(scores: Array, masks: Array, outcomes: Array) -> tuple[np.ndarray, np.ndarray]:
     """Checked (n_subsets, n_query) matrices: summed scores of each subset, and mean outcomes."""
     scores, outcomes = as_array(scores, "scores", 2), _mean_over_seeds(outcomes, "outcomes")
-    masks = np.asarray(masks.detach().cpu() if hasattr(masks, "detach") else masks)
-    if masks.dtype != np.bool_:
-        raise ValueError(f"masks must be boolean, got {masks.dtype}")
-    if masks.shape != (len(outcomes), scores.shape[1]):
+    expected = (len(outcomes), scores.shape[1])
+    if np.shape(masks) != expected:
         raise ValueError(
-            f"masks must be (n_subsets, n_train) = {(len(outcomes), scores.shape[1])} to fit outcomes and scores, "
-            f"got {masks.shape}"
+            f"masks must be (n_subsets, n_train) = {expected} to fit outcomes and scores, got {np.shape(masks)}"
         )
-    if (masks == masks[0]).all():
-        raise ValueError("all masks are the same subset: there is nothing to rank")
     _expect_columns(outcomes, len(scores), "outcomes")
-    # Sums equal on paper can differ in the last bit with the order of addition: rounding keeps them tied.
-    scale = np.abs(scores).sum(1)
-    predicted = masks.astype(np.float64) @ (scores / np.where(scale > 0, scale, 1)[:, None]).T
-    return np.round(predicted, 12), outcomes
+    return predictions_of(scores, masks), outcomes
+
+
+def _fitting_predictions(predictions: Array, outcomes: Array) -> tuple[np.ndarray, np.ndarray]:
+    predicted, outcomes = as_array(predictions, "predictions", 2), _mean_over_seeds(outcomes, "outcomes")
+    if predicted.shape != outcomes.shape:
+        raise ValueError(f"predictions must be (n_subsets, n_query) = {outcomes.shape} to fit, got {predicted.shape}")
+    return predicted, outcomes
 
 
 def _removed_scores_and_effects(scores: Array, effects: Array, indices: Array) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,7 @@
 """Every path of the project is built here; no other module joins folder names.
 
-Two environment variables move the roots: `TDA_RESULTS_DIR` (where runs write) and `TDA_DATA_DIR`
-(where data files are looked for before anything is downloaded).
+Three environment variables move the roots: `TDA_RESULTS_DIR` (where runs write), `TDA_DATA_DIR` (where data files are
+looked for before anything is downloaded) and `TDA_BANK_DIR` (where banks of ground truths are kept across runs).
 """
 
 import os
@@ -74,6 +74,13 @@ class Run:
     @property
     def cache(self) -> Path:
         return self.root / "cache" / self.stem
+
+    @property
+    def bank(self) -> Path:
+        """Where retrained models' losses are kept: in the run's cache, or below `TDA_BANK_DIR`, where they outlive
+        changes of the code (a bank knows what it was made with)."""
+        named = os.environ.get("TDA_BANK_DIR")
+        return Path(named) / self.slug / self.profile / self.stem if named else self.cache / "bank"
 
     @property
     def metrics_part(self) -> Path:

@@ -130,7 +130,7 @@ def _path(
         if penalty.kind == "lasso":
             solved = _solve(design, goal, tolerance, start)
             start = solved.weights
-            _check_gaps(solved.gaps, tolerance)
+            check_gaps(solved.gaps, tolerance)
             weights = _refit(design, goal, start) if penalty.debias else start
         else:
             weights = _closed_form(design, goal, penalty.kind)
@@ -177,7 +177,8 @@ def _checked_lam(lam: Tensor | float | None, penalty: Penalty, y: Tensor) -> Ten
     return each
 
 
-def _check_gaps(gaps: Tensor, tolerance: float) -> None:
+def check_gaps(gaps: Tensor, tolerance: float) -> None:
+    """Raise RuntimeError where a query was not solved to the tolerance, naming the worst."""
     worst = int(gaps.argmax())
     if not gaps[worst] <= tolerance:  # NaN included
         raise RuntimeError(

@@ -118,13 +118,14 @@ def _train(corpus: TaskCorpus, recipe: LMRecipe, model: PreTrainedModel, seed: i
     started = time.thread_time()
     tokenizer = word_tokenizer(corpus.vocabulary, length=recipe.length)  # its own: threads share no tokenizer
     heldout = next(_batches(corpus, tokenizer, recipe.length, 256, seed="held out"))
-    optimiser = torch.optim.AdamW(recipe.groups(model), lr=recipe.learning_rate, betas=(0.9, 0.98), fused=True)
+    optimiser = torch.optim.AdamW(
+        recipe.groups(model.named_parameters()), lr=recipe.learning_rate, betas=(0.9, 0.98), fused=True
+    )
     curve: dict[str, Any] = {"steps": [], "train_loss": [], "heldout_loss": []}
     since: list[float] = []
     batches = _batches(corpus, tokenizer, recipe.length, recipe.batch_size, seed=seed)
     for step, batch in zip(range(recipe.steps), batches, strict=False):
-        for group in optimiser.param_groups:
-            group["lr"] = recipe.rate(step)
+        recipe.set_rates(optimiser, step)
         loss = _loss(model, batch)
         optimiser.zero_grad()
         loss.backward()

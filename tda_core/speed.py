@@ -1,5 +1,6 @@
 """Wall-clock measurements that compare implementations in one run, on one core."""
 
+import gc
 import importlib.util
 import resource
 import sys
@@ -131,3 +132,34 @@ def _retrain_with_dattri(recipe: Recipe, data: Examples, n: int) -> None:
     loader = torch.utils.data.DataLoader(dataset, batch_size=recipe.batch_size)
     with tempfile.TemporaryDirectory() as folder:
         retrain_lds(train, loader, folder, num_subsets=n, subset_ratio=0.5, seed=0)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What a call gave and took. cpu, wall: seconds. megabytes: the most that it held beyond what was held before, None
+    where the system does not tell."""
+
+    value: Any
+    cpu: float
+    wall: float
+    megabytes: float | None
+
+
+def watched(function: Callable[[], Any]) -> Watched:
+    """Call the function once and watch time and memory of this process, on one torch thread.
+
+    The memory is a high-water mark that is reset before the call; what a call keeps is part of it. Allocators hold on
+    to what was freed, so a call after a larger one may seem to take less than it would by itself.
+    """
+    reset = Path("/proc/self/clear_refs")
+    gc.collect()
+    try:
+        reset.write_text("5")  # the peak is what is resident from now on
+        before = peak_memory()
+    except OSError:  # not Linux, or not allowed
+        before = None
+    with one_thread():
+        cpu, wall = time.process_time(), time.perf_counter()
+        value = function()
+        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    return Watched(value, cpu, wall, None if before is None else (peak_memory() - before) / 1e6)

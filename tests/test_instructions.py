@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import sys
 
 import huggingface_hub
 import pytest
@@ -10,7 +11,19 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from tda_core import paths
 from tda_core.data import DataUnavailable, instructions
-from tda_core.data.instructions import ALPACA, HUB, SENTIMENT, Form, HubFile, fetch, load_pairs, read_pairs
+from tda_core.data.instructions import (
+    ALPACA,
+    FLAN_TASKS,
+    HUB,
+    SAFER,
+    SENTIMENT,
+    TURNS,
+    Form,
+    HubFile,
+    fetch,
+    load_pairs,
+    read_pairs,
+)
 
 ROWS = [
     {"instruction": "Add two numbers.", "input": "45 + 86", "output": "131"},
@@ -60,6 +73,56 @@ def test_the_three_kinds_of_file_hold_the_same(tmp_path):
     assert read_pairs(paths_[1], Form(("Is it good?\n",), "label_text")).responses == ("positive", "negative")
 
 
+def test_a_conversation_gives_its_first_turn_and_the_answer_to_it(tmp_path):
+    talk = [("system", "Be kind."), ("assistant", "Ready."), ("user", "Hi?"), ("assistant", "Hello."), ("user", "Bye?")]
+    rows = [
+        {"id": 1, "messages": [{"role": role, "content": content} for role, content in talk]},
+        {"id": 2, "messages": [{"role": "user", "content": "Alone?"}]},
+    ]
+    expected = (("User: Hi? Assistant:", " Hello."),)
+    path = written(tmp_path, "a.jsonl", "\n".join(map(json.dumps, rows)))
+    with pytest.warns(UserWarning, match="1 of 2 rows have no response"):
+        assert read_pairs(path, TURNS).pairs == expected
+    parquet = pytest.importorskip("pyarrow.parquet")
+    from pyarrow import Table
+
+    parquet.write_table(Table.from_pylist(rows), tmp_path / "a.parquet")
+    with pytest.warns(UserWarning, match="1 of 2 rows have no response"):
+        assert read_pairs(tmp_path / "a.parquet", TURNS).pairs == expected
+    with pytest.raises(ValueError, match=r"b.parquet is not PARQUET"):
+        read_pairs(written(tmp_path, "b.parquet", "text"), TURNS)
+
+
+def test_parquet_without_its_package_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataUnavailable, match=r"a.parquet is parquet, which needs the pyarrow package"):
+        read_pairs(written(tmp_path, "a.parquet", "text"), TURNS)
+
+
+def test_the_response_may_be_in_the_column_that_another_names(tmp_path):
+    rows = [
+        {"prompt": f"q{i}", "response_0": "bad" if i else "good", "response_1": "good" if i else "bad"} for i in (0, 1)
+    ]
+    rows = [row | {"safer_response_id": i} for i, row in enumerate(rows)]
+    path = written(tmp_path, "a.jsonl", "\n".join(map(json.dumps, rows)))
+    assert read_pairs(path, SAFER).pairs == (("Question: q0 Answer:", " good"), ("Question: q1 Answer:", " good"))
+    path = written(tmp_path, "b.jsonl", json.dumps({"prompt": "q", "response_0": "a"}))
+    with pytest.raises(ValueError, match=r"b.jsonl has no column 'safer_response_id'"):
+        read_pairs(path, SAFER)
+
+
+def test_flan_is_had_task_by_task(folder):
+    assert len(set(FLAN_TASKS)) == len(FLAN_TASKS) == 66  # as many as the data set is said to have
+    rows = json.dumps({"inputs": "Does it follow?", "targets": "yes", "task": "rte_10templates"})
+    written(folder / "hub" / "Muennighoff" / "flan" / "train", "rte_10templates_train.jsonl", rows)
+    assert load_pairs("flan:rte").pairs == (("Does it follow?", " yes"),)
+    for name in ("flan", "flan:", "flan:rtee"):
+        with pytest.raises(ValueError, match=f"'{name}' needs one task, as in flan:rte; known: aeslc, "):
+            load_pairs(name)
+    with pytest.raises(ValueError, match="unknown data set 'alpaca:rte'"):
+        load_pairs("alpaca:rte")
+
+
 def test_line_separators_inside_a_text_do_not_end_a_line(tmp_path):
     line = json.dumps({"q": "a\u2028b\x85c", "a": "d"}, ensure_ascii=False)
     assert read_pairs(written(tmp_path, "a.jsonl", line), Form(("{q}",), "a")).prompts == ("a\u2028b\x85c",)
@@ -68,7 +131,7 @@ def test_line_separators_inside_a_text_do_not_end_a_line(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.txt", "x", r"a.txt must end in .json, .jsonl or .csv, got '.txt'"),
+        ("a.txt", "x", r"a.txt must end in .json, .jsonl, .csv or .parquet, got '.txt'"),
         ("a.json", "{", r"a.json is not JSON"),
         ("a.jsonl", '{"q": 1}\n{', r"a.jsonl is not JSONL"),
         ("a.json", '{"q": 1}', r"a.json must hold a list of objects"),

@@ -12,14 +12,18 @@ from tda_core.metrics import (
     Ceiling,
     Estimate,
     SignError,
+    centred,
     check_sign,
     lds,
     lds_ceiling,
     lds_difference,
+    lds_of_predictions,
+    lds_of_predictions_difference,
     lds_per_query,
     loo_correlation,
     mean_estimate,
     percent_of_ceiling,
+    predictions_of,
     resample_counts,
     resampled_spearman,
     spearman_columns,
@@ -374,3 +378,44 @@ def test_lds_over_models_is_the_mean_of_theirs():
     assert metrics.lds_over_models(scores[:1], masks, outcomes) == each[0]
     with pytest.raises(ValueError, match="at least one model, got none"):
         metrics.lds_over_models([], masks, outcomes)
+
+
+def test_predictions_that_are_sums_of_scores_have_the_lds_of_scores():
+    scores, masks, outcomes = problem()
+    predicted = predictions_of(scores, masks)
+    np.testing.assert_allclose(predicted, masks @ scores.T, rtol=1e-9)
+    assert lds_of_predictions(predicted, outcomes) == lds(scores, masks, outcomes)
+    other = problem(seed=1)[0]
+    assert lds_of_predictions_difference(predicted, predictions_of(other, masks), outcomes) == lds_difference(
+        scores, other, masks, outcomes
+    )
+
+
+def test_predictions_need_not_be_additive():
+    _, _, outcomes = problem()
+    seeds = np.stack([outcomes - 1, outcomes + 1], axis=1)  # (m, s, q), of which the mean counts
+    assert lds_of_predictions(np.exp(outcomes / 10), seeds).value == pytest.approx(1)
+    assert lds_of_predictions(torch.from_numpy(-(outcomes**3)), outcomes).value == pytest.approx(-1)
+
+
+def test_centring_removes_what_all_queries_share():
+    scores, masks, outcomes = problem(noise=0.0)
+    shared = 50 * np.random.default_rng(1).normal(size=(len(outcomes), 1))
+    assert lds(centred(scores, 0), masks, centred(outcomes + shared)).value == pytest.approx(1)
+    assert lds(scores, masks, outcomes + shared).value < 0.5
+    seeds = torch.from_numpy(outcomes)[:, None].expand(-1, 3, -1)
+    assert torch.allclose(centred(seeds).mean(-1), torch.zeros(len(outcomes), 3, dtype=torch.float64), atol=1e-12)
+    # centred sums are sums of centred scores
+    np.testing.assert_allclose(centred(masks @ scores.T), masks @ centred(scores, 0).T, atol=1e-9)
+
+
+def test_bad_predictions():
+    _, _, outcomes = problem()
+    with pytest.raises(ValueError, match=r"must be \(n_subsets, n_query\) = \(25, 6\) to fit, got \(24, 6\)"):
+        lds_of_predictions(outcomes[1:], outcomes)
+    with pytest.raises(ValueError, match="predictions must be finite"):
+        lds_of_predictions(np.where(outcomes > 0, np.nan, outcomes), outcomes)
+    with pytest.raises(ValueError, match="needs at least 2 of them to leave anything, got 1"):
+        centred(outcomes[:, :1])
+    with pytest.raises(ValueError, match=r"masks must be \(n_subsets, 30\) to fit scores, got \(25, 29\)"):
+        predictions_of(np.ones((6, 30)), np.ones((25, 29), dtype=bool))

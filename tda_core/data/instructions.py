@@ -1,4 +1,4 @@
-"""Instructions and classifications by name, and anybody's own JSON, JSON lines or CSV, as prompts with responses.
+"""Instructions and classifications by name, and one's own JSON, JSON lines, CSV or parquet, as prompts with responses.
 
 | name            | what                                            | from the Hugging Face hub, file           |
 |-----------------|-------------------------------------------------|-------------------------------------------|
@@ -7,6 +7,12 @@
 | sst2_train      | 6,920 film reviews, positive or negative        | SetFit/sst2, train.jsonl                  |
 | sst2_validation | 872 of them                                     | SetFit/sst2, dev.jsonl                    |
 | sst2_test       | 1,821 of them                                   | SetFit/sst2, test.jsonl                   |
+| tulu | first turns, a third | allenai/tulu-v2-sft-mixture, data/train-00000-of-00003-99ee8754042a69f6.parquet |
+| flan            | one of 66 tasks, as in "flan:rte"  | Muennighoff/flan, train/{task}_10templates_train.jsonl |
+| safe_rlhf       | questions, the safer of two answers | PKU-Alignment/PKU-SafeRLHF, data/Alpaca-7B/train.jsonl |
+
+Alpaca, Tulu (here V2's mixture), FLAN and SafeRLHF are the data of STRIDE's instruction tuning. Tulu is had as parquet
+alone, which needs `pyarrow`.
 
 Files are looked for in `TDA_DATA_DIR` and `data/`, below hub/<owner>/<repository>/, then in the hub's own cache, and
 then downloaded into that. A file of one's own: `read_pairs("my.csv", Form(("{question}",), "answer"))`.
@@ -19,7 +25,7 @@ import json
 import string
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tda_core import paths
@@ -33,7 +39,8 @@ class Form:
 
     prompt: parts such as "Instruction: {instruction}", each with one column or more in braces, joined by a space; a
     part whose columns are all empty in a row is left out of that row's prompt. response: the name of a column, whose
-    text follows a prompt after a space: what is scored behind "Sentiment:" is " positive".
+    text follows a prompt after a space: what is scored behind "Sentiment:" is " positive". A column in braces says
+    which column it is in each row: "response_{better}" is response_0 where better is 0.
     Raises ValueError for no response.
     """
 
@@ -48,8 +55,13 @@ class Form:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns that a row must have."""
-        return (*(name for part in self.prompt for name in _columns_of(part)), self.response)
+        """The columns that rows must have, but for one whose name is another's value."""
+        of_response = _columns_of(self.response) or (self.response,)
+        return (*(name for part in self.prompt for name in _columns_of(part)), *of_response)
+
+    def response_of(self, row: Mapping[str, str]) -> str:
+        """The response of one row, empty where the column that it should be in is absent."""
+        return row.get(self.response.format_map(row), "")
 
     def prompt_of(self, row: Mapping[str, str]) -> str:
         """The prompt of one row."""
@@ -58,7 +70,7 @@ class Form:
 
     def pair_of(self, row: Mapping[str, str]) -> tuple[str, str]:
         """Prompt and response of one row."""
-        prompt, response = self.prompt_of(row), row[self.response]
+        prompt, response = self.prompt_of(row), self.response_of(row)
         apart = not prompt or prompt[-1].isspace() or response[0].isspace()
         return prompt, response if apart else f" {response}"
 
@@ -79,6 +91,23 @@ class HubFile:
 
 ALPACA = Form(("Instruction: {instruction}", "Input: {input}", "Response:"), "output")
 SENTIMENT = Form(("Review: {text}", "Sentiment:"), "label_text")
+FLAN = Form(("{inputs}",), "targets")
+TURNS = Form(("User: {user}", "Assistant:"), "assistant")
+SAFER = Form(("Question: {prompt}", "Answer:"), "response_{safer_response_id}")
+# FLAN's tasks (Wei et al. 2022, https://arxiv.org/abs/2109.01652) as the repository below cuts them into files.
+FLAN_TASKS = tuple(
+    "aeslc ag_news_subset anli_r1 anli_r2 anli_r3 arc_challenge arc_easy bool_q cb cnn_dailymail cola common_gen "
+    "copa coqa cosmos_qa dart definite_pronoun_resolution drop e2e_nlg fix_punct gigaword glue_mrpc glue_qqp "
+    "hellaswag imdb_reviews math_dataset mnli_matched mnli_mismatched multi_news multirc natural_questions "
+    "openbookqa opinion_abstracts_idebate opinion_abstracts_rotten_tomatoes para_crawl_enes paws_wiki piqa qnli "
+    "quac record rte samsum sentiment140 snli squad_v1 squad_v2 sst2 story_cloze stsb trec trivia_qa true_case "
+    "web_nlg_en wic wiki_lingua_english_en wmt14_enfr wmt16_translate_csen wmt16_translate_deen "
+    "wmt16_translate_fien wmt16_translate_roen wmt16_translate_ruen wmt16_translate_tren wnli word_segment wsc "
+    "yelp_polarity_reviews".split()
+)
+_TULU_COMMIT, _FLAN_COMMIT = "6248b175d2ccb5ec7c4aeb22e6d8ee3b21b2c752", "049702ca5ffc5b3c62bf226aac67ba1493e8d548"
+_SAFE_COMMIT = "74baebd4502573cdf0bdb1c4bb7d359f40cdf77b"
+_TULU_FILE = "data/train-00000-of-00003-99ee8754042a69f6.parquet"
 _ALPACA_COMMIT, _SST2_COMMIT = "c03f9680520799925ed04303c9ea24ecf522a34c", "00ea8ccb7a54b4e3780a3e51aa3f80361ff849c0"
 HUB: dict[str, HubFile] = {
     "alpaca": HubFile("tatsu-lab/alpaca", "alpaca_data.json", _ALPACA_COMMIT, ALPACA),
@@ -86,6 +115,9 @@ HUB: dict[str, HubFile] = {
     "sst2_train": HubFile("SetFit/sst2", "train.jsonl", _SST2_COMMIT, SENTIMENT),
     "sst2_validation": HubFile("SetFit/sst2", "dev.jsonl", _SST2_COMMIT, SENTIMENT),
     "sst2_test": HubFile("SetFit/sst2", "test.jsonl", _SST2_COMMIT, SENTIMENT),
+    "tulu": HubFile("allenai/tulu-v2-sft-mixture", _TULU_FILE, _TULU_COMMIT, TURNS),
+    "flan": HubFile("Muennighoff/flan", "train/{task}_10templates_train.jsonl", _FLAN_COMMIT, FLAN),
+    "safe_rlhf": HubFile("PKU-Alignment/PKU-SafeRLHF", "data/Alpaca-7B/train.jsonl", _SAFE_COMMIT, SAFER),
 }
 
 
@@ -96,32 +128,45 @@ def load_pairs(name: str, *, n: int | None = None) -> TextPairs:
     name, a file of other contents, and an n that is not in 1..(how many there are); DataUnavailable, which says what
     to put where, without a network.
     """
-    if name not in HUB:
-        raise ValueError(f"unknown data set {name!r}; known: {', '.join(HUB)}")
-    file = HUB[name]
+    file = hub_file(name)
     pairs = read_pairs(fetch(file), file.form)
     if n is not None and not 1 <= n <= len(pairs):
         raise ValueError(f"n must lie in 1..{len(pairs)}, what {name} has, got {n}")
     return pairs[:n]
 
 
-def read_pairs(path: str | Path, form: Form) -> TextPairs:
-    """The rows of a .json (a list of objects), .jsonl (an object a line) or .csv file (with a header) as pairs.
+def hub_file(name: str) -> HubFile:
+    """The file of a name in the table above, for FLAN of one of its tasks. Raises ValueError for an unknown one."""
+    data, _, task = name.partition(":")
+    if data not in HUB or (task and "{task}" not in HUB[data].name):
+        raise ValueError(f"unknown data set {name!r}; known: {', '.join(HUB)}")
+    if "{task}" not in HUB[data].name:
+        return HUB[data]
+    if task not in FLAN_TASKS:
+        raise ValueError(f"{name!r} needs one task, as in {data}:rte; known: {', '.join(FLAN_TASKS)}")
+    return replace(HUB[data], name=HUB[data].name.format(task=task))
 
-    Numbers become text; an absent or null value is empty. Rows with an empty response are left out, with one warning
-    that counts them. Raises ValueError naming the file for another ending, contents that are not rows, a column that
-    no row has, and a file without a response; FileNotFoundError where there is no file.
+
+def read_pairs(path: str | Path, form: Form) -> TextPairs:
+    """The rows of a .json (a list of objects), .jsonl (an object a line), .csv (with a header) or .parquet as pairs.
+
+    Numbers become text; an absent or null value is empty. A column "messages", a list of turns with `role` and
+    `content`, gives the columns `user` and `assistant`: the first of the user's turns, and the answer to it. Rows with
+    an empty response are left out, with one warning that counts them. Raises ValueError naming the file for another
+    ending, contents that are not rows, a column that no row has, and a file without a response; FileNotFoundError where
+    there is no file, and DataUnavailable for parquet where `pyarrow` is not installed.
     """
     path = Path(path)
-    rows = _rows(path)
+    rows = [row | _first_turns(row["messages"]) if "messages" in row else row for row in _rows(path)]
     if not rows:
         raise ValueError(f"{path} holds no rows")
     there = {column for row in rows for column in row}
     for column in form.columns:
         if column not in there:
             raise ValueError(f"{path} has no column {column!r}; it has: {', '.join(sorted(map(str, there)))}")
-    texts = [{column: _text(row.get(column)) for column in form.columns} for row in rows]
-    kept = [row for row in texts if row[form.response].strip()]
+    texts = [{column: _text(value) for column, value in row.items()} for row in rows]
+    texts = [dict.fromkeys(form.columns, "") | row for row in texts]
+    kept = [row for row in texts if form.response_of(row).strip()]
     if not kept:
         raise ValueError(f"{path}: column {form.response!r} is empty in all {len(texts)} rows")
     if len(kept) < len(texts):
@@ -163,8 +208,10 @@ def _download(file: HubFile, places: list[Path]) -> Path:
 
 
 def _rows(path: Path) -> list[dict]:
-    if path.suffix not in (".json", ".jsonl", ".csv"):
-        raise ValueError(f"{path} must end in .json, .jsonl or .csv, got {path.suffix!r}")
+    if path.suffix not in (".json", ".jsonl", ".csv", ".parquet"):
+        raise ValueError(f"{path} must end in .json, .jsonl, .csv or .parquet, got {path.suffix!r}")
+    if path.suffix == ".parquet":
+        return _parquet_rows(path)
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix == ".csv":
         return list(csv.DictReader(io.StringIO(text, newline="")))
@@ -178,6 +225,27 @@ def _rows(path: Path) -> list[dict]:
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path} must hold a list of objects, one a pair")
     return rows
+
+
+def _parquet_rows(path: Path) -> list[dict]:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataUnavailable(f"{path} is parquet, which needs the pyarrow package: install the hub extra") from error
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path} is not PARQUET: {error}") from error
+
+
+def _first_turns(messages: list[dict] | None) -> dict[str, str]:
+    """The first turn of the user and the first of the assistant after it, empty where there is none."""
+    found = {"user": "", "assistant": ""}
+    for turn in messages or []:
+        role = turn.get("role")
+        if role in found and not found[role] and (role == "user" or found["user"]):
+            found[role] = _text(turn.get("content"))
+    return found
 
 
 def _columns_of(part: str) -> tuple[str, ...]:

@@ -1,0 +1,140 @@
+"""A mixture of tasks to fine-tune a small language model on, and documents to pre-train it on, which hold none of them.
+
+Both come from the task corpus (`task_corpus`): documents are its own, but for those that ask a question of a family
+kept for fine-tuning or use one of that family's wordings; pairs are questions of these families with their answers. A
+model that is pre-trained on the documents knows the words, the languages and other tasks, and none of the answers, so
+that fine-tuning on a subset of the pairs teaches it what the subset holds.
+
+A family answers in one language, in three wordings: a query's question stands in training in its other wordings (the
+same answer to be learned), beside questions of its family that share nearly all of its words and none of its answer.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from random import Random
+
+import torch
+from torch import Tensor
+
+from tda_core.corpora import Corpus, documents_of
+from tda_core.lm_tokenizers import word_tokenizer
+from tda_core.task_corpus import SEPARATOR, TaskCorpus
+from tda_core.text_pairs import TextPairs
+
+BLOCK = 200  # documents made at a time
+
+
+@dataclass(frozen=True)
+class MixtureSpec:
+    """What is kept for fine-tuning, and how many; documents longer than the window are left out.
+
+    tuned: families of the task corpus that pre-training lacks. n_documents, n_examples: documents to pre-train on, and
+    the examples of each. n_train, n_validation, n_test: pairs. length: most tokens, the model's window. seed: of the
+    task corpus's made-up maps and of the split. Raises ValueError for unknown or all families, and sizes below 1.
+    """
+
+    tuned: tuple[str, ...] = ("totem", "banner", "minus", "reverse")
+    n_documents: int = 4000
+    n_examples: int = 5
+    n_train: int = 400
+    n_validation: int = 80
+    n_test: int = 80
+    length: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        corpus = TaskCorpus()
+        known = corpus.families[: corpus.n_trained]
+        if not self.tuned or len(set(self.tuned)) < len(self.tuned) or not set(self.tuned) < set(known):
+            raise ValueError(
+                f"tuned must be different families, some but not all of {', '.join(known)}, got {self.tuned}"
+            )
+        for name in ("n_documents", "n_examples", "n_train", "n_validation", "n_test", "length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledPairs:
+    """n pairs. families: (n,) int64, which of `InstructionMixture.families`.
+
+    questions: (n,) int64, equal for pairs that ask the same, whatever the wording of the answer.
+    """
+
+    pairs: TextPairs
+    families: Tensor
+    questions: Tensor
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def of_family(self, family: int) -> Tensor:
+        """Rows of one family: (k,) indices, for the scores and outcomes of these queries alone."""
+        return (self.families == family).nonzero().flatten()
+
+
+@dataclass(frozen=True, eq=False)
+class InstructionMixture:
+    """pretraining: documents without the families that the pairs are of, split 9 : 1/2 : 1/2; its tokenizer knows the
+    words of both. families: names."""
+
+    spec: MixtureSpec
+    families: tuple[str, ...]
+    pretraining: Corpus
+    train: LabelledPairs
+    validation: LabelledPairs
+    test: LabelledPairs
+
+
+def instruction_mixture(spec: MixtureSpec | None = None) -> InstructionMixture:
+    """The mixture of a spec; two of one spec are equal. Raises ValueError where there are too few pairs."""
+    spec = spec or MixtureSpec()
+    corpus = TaskCorpus(seed=spec.seed)
+    kept = [corpus.families.index(name) for name in spec.tuned]
+    rows = [
+        (place, question, corpus.render((family, place % len(corpus.bases), form), question))
+        for place, family in enumerate(kept)
+        for question in range(len(corpus.questions[family]))
+        for form in corpus.seen[family]
+    ]
+    asked = spec.n_train + spec.n_validation + spec.n_test
+    if asked > len(rows):
+        raise ValueError(f"{asked} pairs are asked for, and these families have {len(rows)}")
+    Random(f"mixture {spec.seed}").shuffle(rows)
+    ends = (spec.n_train, spec.n_train + spec.n_validation, asked)
+    parts = (_labelled(rows[start:end]) for start, end in zip((0, *ends), ends, strict=False))
+    return InstructionMixture(spec, spec.tuned, _pretraining(corpus, spec, kept), *parts)
+
+
+def _labelled(rows: list[tuple[int, int, tuple[str, str]]]) -> LabelledPairs:
+    places, questions, pairs = zip(*rows, strict=True)
+    families, numbers = torch.tensor(places), torch.tensor(questions)
+    return LabelledPairs(TextPairs(*zip(*pairs, strict=True)), families, families * 1000 + numbers)
+
+
+def _pretraining(corpus: TaskCorpus, spec: MixtureSpec, kept: list[int]) -> Corpus:
+    questions = {text for family in kept for text, _ in corpus.questions[family]}
+    others = {form for family in range(corpus.n_trained) if family not in kept for form in _forms(corpus, family)}
+    wordings = _words(form for family in kept for form in _forms(corpus, family)) - _words(others)
+    tokenizer = word_tokenizer(corpus.vocabulary, length=spec.length)
+    found: list[str] = []
+    block = 0
+    while len(found) < spec.n_documents:
+        for text in corpus.documents(BLOCK, spec.n_examples, seed=f"mixture {spec.seed} {block}"):
+            examples = text.split(SEPARATOR)
+            asks = any(example.startswith(tuple(questions)) for example in examples)
+            fits = 1 + len(text.split()) + text.count(SEPARATOR) <= spec.length  # <bos>, words and separators
+            if fits and not asks and wordings.isdisjoint(text.split()):
+                found.append(text)
+        block += 1
+    ends = (spec.n_documents * 9 // 10, spec.n_documents * 19 // 20, spec.n_documents)
+    parts = (documents_of(found[start:end]) for start, end in zip((0, *ends), ends, strict=False))
+    return Corpus("task_documents", f"generated, {spec}", tokenizer, *parts)
+
+
+def _forms(corpus: TaskCorpus, family: int) -> tuple[str, ...]:
+    return tuple(corpus.formats[form] for form in corpus.seen[family])
+
+
+def _words(forms: Iterable[str]) -> set[str]:
+    return {word for form in forms for word in form.replace("{}", "").split()}

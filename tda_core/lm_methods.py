@@ -1,0 +1,241 @@
+"""Every method of the language-model tables by its name, with the settings that validation queries choose among.
+
+A `Method` prepares what no setting changes, `prepare(bench)`, and finishes with one, `finish(prepared, setting)`, which
+gives something with scores(queries). `judge` chooses the setting and times both on one thread.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from tda_core import text_similarity
+from tda_core.bm25 import bm25
+from tda_core.designs import left_regular
+from tda_core.examples import Examples
+from tda_core.gradients import random_scores
+from tda_core.icp import PLAIN, fit_icp
+from tda_core.inner_products import GradientProducts
+from tda_core.language import LanguageModel
+from tda_core.lm_bench import LMBench, Subject
+from tda_core.logra import LoGraSettings, fit_logra
+from tda_core.metrics import Estimate, centred
+from tda_core.ngram_lm import NAMES, NgramLM
+from tda_core.problem import Problem
+from tda_core.recovery import Penalty
+from tda_core.speed import Watched, watched
+from tda_core.stride import Recovery
+from tda_core.term_weights import fit_term_weights
+from tda_core.text_pairs import TextPairs
+from tda_core.token_closed_form import TERMS, TokenClosedForm, TokenSettings, token_closed_form
+from tda_core.token_products import TokenProducts
+from tda_core.token_simulation import HeadDynamics, simulate_head
+from tda_core.token_steering import PUBLISHED, TokenSteering
+from tda_core.token_stride import TokenStride, fit_token_stride
+
+DAMPINGS = (0.01, 0.1, 1.0, 10.0)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Anything as a method: `scores` calls a function of the queries."""
+
+    function: Callable[[Any], Tensor]
+
+    def scores(self, queries: Any) -> Tensor:
+        return self.function(queries)
+
+
+def unchanged(prepared: Any, _: Any) -> Any:
+    """`finish` of a method without settings."""
+    return prepared
+
+
+@dataclass(frozen=True)
+class Method:
+    """prepare: bench, or `Subject` where no ground truth is needed, -> anything. finish: (that, setting) -> an object
+    with scores(queries), which gives scores (q, n), or predictions (m, q) of each subset.
+
+    settings: what `finish` may be given; with more than one, the highest LDS on validation queries decides. texts:
+    whether queries are text pairs, instead of sequences of tokens.
+    """
+
+    prepare: Callable[[Any], Any]
+    finish: Callable[[Any, Any], Any] = unchanged
+    settings: Sequence[Any] = (None,)
+    texts: bool = False
+
+    def queries(self, bench: Subject, part: str) -> Any:
+        return getattr(bench.corpus, part) if self.texts else bench.examples(part)
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """scores: of the test queries. setting: the one that was chosen; validation: LDS of each, where there were several.
+    build_seconds: CPU seconds of one fit. query_ms: wall time. peak_mb: None where the system does not tell."""
+
+    scores: Tensor
+    setting: Any
+    validation: dict[Any, float]
+    build_seconds: float
+    query_ms: float
+    peak_mb: float | None
+    lds: Estimate
+    lds_raw: Estimate
+
+
+def judge(bench: LMBench, method: Method) -> Judged:
+    """Choose a setting, fit with it, and answer the test queries, all timed on one thread but for the choice."""
+    prepared = watched(lambda: method.prepare(bench))
+    setting, table = method.settings[0], {}
+    if len(method.settings) > 1:
+        validation = method.queries(bench, "validation")
+        setting, table = bench.choose(lambda s: method.finish(prepared.value, s).scores(validation), method.settings)
+    found, *cost = _asked(method, prepared, setting, method.queries(bench, "test"))
+    return Judged(found, setting, table, *cost, bench.lds(found), bench.lds(found, raw=True))
+
+
+def costs(subject: Subject, method: Method) -> tuple[float, float, float | None]:
+    """CPU seconds of fitting with the first setting, milliseconds a test query, and peak memory in MB."""
+    prepared = watched(lambda: method.prepare(subject))
+    _, *cost = _asked(method, prepared, method.settings[0], method.queries(subject, "test"))
+    return tuple(cost)
+
+
+def _asked(method: Method, prepared: Watched, setting: Any, queries: Any) -> tuple[Tensor, float, float, float | None]:
+    """Scores of the queries; CPU seconds of preparing and finishing, ms a query, peak MB."""
+    built = watched(lambda: method.finish(prepared.value, setting))
+    answer = watched(lambda: built.value.scores(queries))
+    peaks = [part.megabytes for part in (prepared, built, answer) if part.megabytes is not None]
+    return answer.value, prepared.cpu + built.cpu, 1e3 * answer.wall / len(queries), max(peaks, default=None)
+
+
+def controls() -> dict[str, Method]:
+    """Chance, length, words, and n-gram models of the subsets."""
+    searches = ((1.5, 0.75), (0.5, 0.75), (1.5, 0.0), (0.5, 0.0))
+    return {
+        "random": Method(lambda b: Answer(lambda q: random_scores(len(q), len(b.corpus.train), seed=0))),
+        "length": Method(lambda b: text_similarity.length(b.corpus.train), texts=True),
+        "tfidf": Method(lambda b: text_similarity.tfidf(b.corpus.train), texts=True),
+        "ngram_tfidf": Method(lambda b: text_similarity.tfidf(b.corpus.train, 3), texts=True),
+        "bm25": Method(lambda b: b.corpus.train, lambda t, s: bm25(t, k1=s[0], b=s[1]), searches, texts=True),
+        "feature_similarity": Method(
+            lambda b: text_similarity.embedding_similarity(b.model, b.corpus.train), texts=True
+        ),
+        **{name: Method(partial(_ngram_models, order=order)) for name, order in NAMES.items()},
+    }
+
+
+def gradient_methods(parameters: Sequence[str], rank: int) -> dict[str, Method]:
+    """Products of gradients and projected influence.
+
+    parameters: patterns of the layers below the output whose gradients are taken; those of the output embedding are
+    computed in closed form. rank: of LoGra's projections.
+    """
+
+    def problem(bench: Subject) -> Problem:
+        return bench.model.problem(bench.corpus.train, parameters)
+
+    def head(bench: Subject) -> TokenProducts:
+        return TokenProducts(bench.model, bench.examples("train"))
+
+    kinds = {"dot": "last_layer_dot", "cosine": "last_layer_cosine", "adam_dot": "adam_dot"}
+    found = {name: Method(head, partial(_of_kind, kind=kind)) for kind, name in kinds.items()}
+    found["last_layer"] = Method(head, lambda p, s: _of_kind(replace(p, damping=s), None, kind="damped"), DAMPINGS)
+    for kind in ("dot", "cosine"):
+        found[f"gradient_{kind}"] = Method(lambda b: GradientProducts(problem(b)), partial(_of_kind, kind=kind))
+    found["logra"] = Method(problem, lambda p, s: fit_logra(p, LoGraSettings(rank, damping=s)), DAMPINGS)
+    return found
+
+
+def steering_methods(n_operators: int, degree: int, settings: TokenSteering | None = None) -> dict[str, Method]:
+    """STRIDE as published, as far as that is known, and with settings whose recovery is chosen on validation queries.
+
+    n_operators: K. degree: subsets that each document joins. settings: of the tuned operators, default `TokenSteering`.
+    """
+
+    def prepare(steering: TokenSteering, bench: Subject) -> TokenStride:
+        membership = left_regular(len(bench.corpus.train), n_operators, degree, seed=0)
+        return fit_token_stride(bench.model, bench.examples("train"), membership, steering)
+
+    def finish(stride: TokenStride, recovery: Recovery) -> Answer:
+        recovering = stride.recovering(recovery)
+        return Answer(lambda queries: recovering.scores(queries) / lengths(queries)[:, None])
+
+    penalties = (Penalty(), Penalty(nonnegative=True))
+    recoveries = [Recovery(lam, penalty) for penalty in penalties for lam in (0.01, 0.03, 0.1, 0.3)]
+    return {
+        "stride/untuned": Method(partial(prepare, PUBLISHED), finish, [Recovery("universal")]),
+        "stride/tuned": Method(partial(prepare, settings or TokenSteering()), finish, recoveries),
+    }
+
+
+def simulation() -> Method:
+    """Forward-only simulation of the output head on frozen states, from a head that knows nothing."""
+    grid = [
+        HeadDynamics(horizon, adaptivity=adaptivity, start=start)
+        for horizon in (1, 10, 100)
+        for adaptivity in (0.5, 1.0)
+        for start in ("flat", "frequency", "model")
+    ]
+    return Method(lambda b: b, lambda b, dynamics: simulate_head(b.model, b.examples("train"), dynamics), grid)
+
+
+def closed_forms(residuals: str = "counts") -> dict[str, Method]:
+    """Steering operators in closed form: all terms with weights from validation queries, and a few with equal weights.
+
+    residuals: as in `TokenSettings`.
+    """
+
+    def weighted(bench: LMBench) -> TokenClosedForm:
+        settings = TokenSettings(TERMS, (1.0,) * len(TERMS), layer=0.6, residuals=residuals)
+        form = token_closed_form(bench.model, bench.examples("train"), settings)
+        terms = centred(form.term_scores(bench.examples("validation")), 1)
+        outcomes = centred(bench.validation.outcomes.mean(1))
+        return form.weighted(fit_term_weights(terms, bench.validation.masks, outcomes).values)
+
+    def plain(bench: Subject) -> TokenClosedForm:
+        return token_closed_form(bench.model, bench.examples("train"), TokenSettings(residuals=residuals))
+
+    return {"stride_closed_form/tuned": Method(weighted), "stride_closed_form/untuned": Method(plain)}
+
+
+def probing() -> Method:
+    """In-context probing, with each document cut to what leaves room for another one in the window."""
+
+    def prepare(bench: Subject) -> Answer:
+        model = bench.model
+        room = None if model.window is None else (model.window - len(model.start) - 1) // 2
+        pool = cropped(model, bench.corpus.train, room)
+        icp = fit_icp(model, pool, PLAIN, variant="gain_per_token")
+        return Answer(lambda queries: icp.scores(cropped(model, queries, room)))
+
+    return Method(prepare, texts=True)
+
+
+def cropped(model: LanguageModel, pairs: TextPairs, n_tokens: int | None) -> TextPairs:
+    """The pairs with responses of at most so many tokens, prompts included (None: as they are)."""
+    if n_tokens is None:
+        return pairs
+    prompts, responses = model.split(pairs)
+    short = [
+        response if len(prompt) + len(tokens) <= n_tokens else model.tokenizer.decode(tokens[: n_tokens - len(prompt)])
+        for prompt, tokens, response in zip(prompts, responses, pairs.responses, strict=True)
+    ]
+    return TextPairs(pairs.prompts, tuple(short))
+
+
+def _ngram_models(bench: LMBench, order: int) -> Answer:
+    model = NgramLM(bench.examples("train"), order, len(bench.corpus.tokenizer))
+    return Answer(lambda queries: -model.losses(bench.masks, queries) / lengths(queries))
+
+
+def _of_kind(products: TokenProducts | GradientProducts, _: None, kind: str) -> Answer:
+    return Answer(lambda queries: products.scores(queries, kind))
+
+
+def lengths(queries: Examples) -> Tensor:
+    """Labelled tokens of each query: (q,). Ground truths are of mean losses."""
+    return (queries.targets >= 0).sum(1)
