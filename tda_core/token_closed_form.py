@@ -40,7 +40,7 @@ class TokenSettings:
     are to be predicted. smoothing: occurrences added to counts. Occurrences of the whole text's tokens added to each
     context's: prior in matches, mixing in related terms. damping: of related terms, in units of the mean variance of
     the output embedding over the text. layer, power: of the state term. residuals: "counts", those of a model that has
-    learnt counts, for training from scratch; "model", the network's own, for training that starts from it (fine-tuning).
+    learnt counts, for training from scratch; "model", the network's own, where training starts from it (fine-tuning).
     Raises ValueError for terms that are unknown, repeated or none, weights that are not finite and >= 0 or of another
     number, a share outside (0, 1), numbers that are not finite and positive, and unknown residuals.
     """
