@@ -36,17 +36,19 @@ LOGITS = 2**23
 class TokenSettings:
     """Which terms are summed, and what they are made of (see `token_terms`).
 
-    terms: some of `TERMS`, weights: one for each. smoothing: occurrences added to counts. Occurrences of the whole
-    text's tokens added to each context's: prior in matches, mixing in related terms. damping: of related terms, in
-    units of the mean variance of the output embedding over the text. layer, power: of the state term. residuals:
-    "counts", those of a model that has learnt counts, for training from scratch; "model", the network's own, for
-    training that starts from it (fine-tuning). Raises ValueError for terms that are unknown, repeated or none, weights
-    that are not finite and >= 0 or of another number, numbers that are not finite and positive, and unknown residuals.
+    terms: some of `TERMS`, weights: one for each. share: of the documents, that the models are trained on whose losses
+    are to be predicted. smoothing: occurrences added to counts. Occurrences of the whole text's tokens added to each
+    context's: prior in matches, mixing in related terms. damping: of related terms, in units of the mean variance of
+    the output embedding over the text. layer, power: of the state term. residuals: "counts", those of a model that has
+    learnt counts, for training from scratch; "model", the network's own, where training starts from it (fine-tuning).
+    Raises ValueError for terms that are unknown, repeated or none, weights that are not finite and >= 0 or of another
+    number, a share outside (0, 1), numbers that are not finite and positive, and unknown residuals.
     """
 
     terms: tuple[str, ...] = ("unigram", "bigram", "related_bigram")
     weights: tuple[float, ...] = (1.0, 1.0, 1.0)
-    smoothing: float = 0.5
+    share: float = 0.3
+    smoothing: float = 0.1
     prior: float = 300.0
     mixing: float = 30.0
     damping: float = 1.0
@@ -63,6 +65,8 @@ class TokenSettings:
         for name in ("smoothing", "prior", "mixing", "damping", "power"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"{name} must be finite and > 0, got {getattr(self, name)}")
+        if not 0 < self.share < 1:
+            raise ValueError(f"share must lie strictly between 0 and 1, got {self.share}")
         if self.residuals not in RESIDUALS:
             raise ValueError(f"unknown residuals {self.residuals!r}, expected one of {RESIDUALS}")
 
@@ -105,7 +109,7 @@ class TokenClosedForm:
 
     def _term(self, name: str, own: Positions) -> Match | Related | State:
         given, embedding = self.settings, head_of(self.model)[0].float().cpu()
-        smoothing = Smoothing(given.smoothing, given.prior, given.mixing, given.damping)
+        smoothing = Smoothing(given.share, given.smoothing, given.prior, given.mixing, given.damping)
         if name == "state":
             return State.of(own, given.power, smoothing)
         if name.startswith("related_"):

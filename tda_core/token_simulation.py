@@ -47,11 +47,11 @@ class HeadDynamics:
     norm 1, and bias is a constant feature beside them. Raises ValueError for values outside their range.
     """
 
-    horizon: int | None = 1
+    horizon: int | None = None
     rate: float = 1.0
     adaptivity: float = 1.0
-    damping: float = 0.0
-    start: str = "flat"
+    damping: float = 0.1
+    start: str = "model"
     layer: int | float | None = None
     bias: float = 0.1
 

@@ -5,9 +5,11 @@ One Newton step on a position (c, y) changes the loss of another one (c, y') by 
 S = diag p_c - p_c p_c', which is 1 / n(c, y) - 1 / n_c for y = y' and -1 / n_c else. The terms here are what is left of
 it with some smoothing, and what it becomes where contexts, or next tokens, need only be similar:
 
-    Match     1[c = c', y = y'] / (n(c, y) + prior p(y) + smoothing), contexts being the last k tokens, or the last but
-              one: as if every context had been followed, `prior` times, by what the whole text holds (the Dirichlet
-              prior of MacKay & Peto 1995, A Hierarchical Dirichlet Language Model)
+    Match     1[c = c', y = y'] E log [(k + 1 + s) / (k + s)], contexts being the last tokens, or the last but one: what
+              one occurrence more adds to log n(c, y) of a model trained on a share f of the documents, k of the
+              n(c, y) - 1 others among them (binomial). s = f (prior p(y) + smoothing), as if every context had been
+              followed, `prior` times, by what the whole text holds (the Dirichlet prior of MacKay & Peto 1995, A
+              Hierarchical Dirichlet Language Model). Of many occurrences it is 1 / (f n(c, y) + s)
     Related   1[c = c'] r' E (E' S_c E + damping I)^-1 E' r / (n_c + smoothing): logits may move by the network's output
               embedding E alone, so that a token teaches related ones; S_c and p_c are mixed with the whole text's alike
     State     1[y = y'] k / (sum of k over training positions that y follows + smoothing), k = cos(h, h')^power of
@@ -17,6 +19,7 @@ Only State and Related look at the network; none takes a gradient. With the netw
 keep the product of the next token's entries, 1 - p(y) on either side, and Related takes E'(p - y).
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +32,8 @@ from tda_core.token_table import TokenTable
 
 # Tokens that make up a context, by their place in `TokenTable.context`.
 CONTEXTS = {"unigram": (), "bigram": (0,), "trigram": (0, 1), "fourgram": (0, 1, 2), "skip": (1,)}
+# Occurrences up to which an expectation is summed one by one.
+COUNTED = 80
 # Pairs of positions that are held at a time (16 MB).
 PAIRS = 2**22
 
@@ -55,9 +60,11 @@ class Positions:
 
 @dataclass(frozen=True)
 class Smoothing:
-    """occurrences: added to counts. Occurrences of the whole text's tokens that are added to each context's: prior in
-    matches, mixing where tokens are related. damping: in units of the mean variance of the embedding over the text."""
+    """share: of the documents, that a model is trained on. occurrences: added to counts. Occurrences of the whole
+    text's tokens that are added to each context's: prior in matches, mixing where tokens are related. damping: in units
+    of the mean variance of the embedding over the text."""
 
+    share: float
     occurrences: float
     prior: float
     mixing: float
@@ -105,10 +112,10 @@ class Match:
     @classmethod
     def of(cls, train: Positions, columns: tuple[int, ...], n_tokens: int, smoothing: Smoothing) -> "Match":
         keys, found = Keys.of(_columns(train.table, columns, targets=True), n_tokens)
-        counts = torch.bincount(found, minlength=len(keys))[found] + smoothing.occurrences
-        shares = torch.bincount(train.table.targets, minlength=n_tokens) / len(train.table)
-        counts = counts + smoothing.prior * shares[train.table.targets]
-        return cls(columns, keys, _sums(train, found, train.own_weights / counts, len(keys)))
+        counts = torch.bincount(found, minlength=len(keys))[found]
+        tokens = torch.bincount(train.table.targets, minlength=n_tokens)[train.table.targets] / len(train.table)
+        gains = expected_gain(counts, smoothing.share, smoothing.occurrences + smoothing.prior * tokens)
+        return cls(columns, keys, _sums(train, found, train.own_weights * gains, len(keys)))
 
     def scores(self, queries: Positions) -> Tensor:
         """(n_query, n_train)."""
@@ -230,6 +237,24 @@ class Groups:
     def rows(self, number: int) -> Tensor:
         """The positions of one group, none where there is no such group."""
         return self.order[slice(*self.bounds.get(number, (0, 0)))]
+
+
+def expected_gain(counts: Tensor, share: float, smoothing: Tensor) -> Tensor:
+    """E log [(k + 1 + s) / (k + s)], k ~ Binomial(count - 1, share), s = share * smoothing: (N,), (N,) -> (N,).
+
+    Beyond `COUNTED` occurrences, 1 over the mean of the denominator, half an occurrence on.
+    """
+    pairs, inverse = torch.stack([counts.double(), share * smoothing.double()]).unique(dim=1, return_inverse=True)
+    others, s = pairs[0] - 1, pairs[1]
+    found = 1 / (share * others + s + 0.5)
+    few = others < COUNTED
+    others, s, total = others[few], s[few], torch.zeros(int(few.sum()), dtype=torch.float64)
+    for k in range(int(others.max()) + 1 if len(others) else 0):
+        ways = torch.lgamma(others + 1) - math.lgamma(k + 1) - torch.lgamma((others - k).clamp_min(0) + 1)
+        chance = (ways + k * math.log(share) + (others - k) * math.log1p(-share)).exp()
+        total += torch.where(k <= others, chance, 0.0) * torch.log((k + 1 + s) / (k + s))
+    found[few] = total
+    return found[inverse].float()
 
 
 def _columns(table: TokenTable, columns: tuple[int, ...], *, targets: bool = False) -> list[Tensor]:

@@ -1,5 +1,7 @@
 """Terms between positions against their formulas, pair by pair."""
 
+import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -27,7 +29,7 @@ def few_words(n: int, seed: int) -> TextPairs:
 
 
 TRAIN, QUERIES = MODEL.examples(few_words(7, 0)), MODEL.examples(few_words(3, 1) + text_pairs(1))
-SETTINGS = TokenSettings(TERMS, (1.0,) * len(TERMS), 0.7, 20.0, 4.0, 0.3, layer=1, power=3.0)
+SETTINGS = TokenSettings(TERMS, (1.0,) * len(TERMS), 0.4, 0.7, 20.0, 4.0, 0.3, layer=1, power=3.0)
 
 
 def plain(settings: TokenSettings) -> dict[str, Tensor]:
@@ -54,12 +56,22 @@ def between(name: str, train, asked, settings: TokenSettings) -> Tensor:
         elif name.startswith("related_"):
             values = related(train, same_context, embedding, settings, asked, t)
         else:
-            count = (same_context & same_target).sum() + settings.prior * share[asked.targets[t]]
-            values = (same_context & same_target) / (count + settings.smoothing)
+            extra = settings.share * (settings.prior * float(share[asked.targets[t]]) + settings.smoothing)
+            both = same_context & same_target
+            values = both * drawn_gain(int(both.sum()), settings.share, extra)
         if not name.startswith("related_") or settings.residuals == "counts":
             values = values * (1 - expected[0][t]) * (1 - expected[1])
         found[asked.documents[t]].index_add_(0, train.documents, values.double() / asked.lengths[asked.documents[t]])
     return found
+
+
+def drawn_gain(count: int, share: float, extra: float) -> float:
+    """The expected gain of one occurrence over all the ways to draw the others."""
+    total = 0.0
+    for drawn in itertools.product([0, 1], repeat=max(0, count - 1)):
+        k = sum(drawn)
+        total += share**k * (1 - share) ** (len(drawn) - k) * math.log((k + 1 + extra) / (k + extra))
+    return total
 
 
 def p_of(table) -> Tensor:
@@ -104,18 +116,33 @@ def test_terms_are_sums_over_pairs_of_positions(residuals):
 
 
 def test_the_bigram_term_is_a_bigram_models_newton_step():
-    """Not smoothed, with an embedding of full rank, Related is 1 / n(c, y) - 1 / n_c: Match but for a constant."""
+    """Not smoothed, with an embedding of full rank, Related is 1 / n(c, y) - 1 / n_c: the plain counts'."""
     contexts = torch.tensor([0, 0, 0, 1, 1])
     targets = torch.tensor([3, 3, 4, 3, 5])
     table = token_terms.TokenTable(torch.zeros(5, 1), torch.zeros(5, 1), contexts[:, None], targets, torch.arange(5), 5)
     own = token_terms.Positions(table, torch.ones(5))
-    bare = token_terms.Smoothing(1e-9, 1e-9, 1e-9, 1e-7)
-    match = token_terms.Match.of(own, (0,), 6, bare).scores(own)
+    bare = token_terms.Smoothing(0.5, 1e-9, 1e-9, 1e-9, 1e-7)
     found = token_terms.Related.of(own, (0,), torch.eye(6), bare).scores(own)
     same = contexts[:, None] == contexts
-    expected = match - same / torch.tensor([3, 3, 3, 2, 2])
+    both = same & (targets[:, None] == targets)
+    expected = both / torch.tensor([2, 2, 1, 1, 1]) - same / torch.tensor([3, 3, 3, 2, 2])
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(match[0], torch.tensor([0.5, 0.5, 0, 0, 0]))
+
+
+def test_the_gain_of_many_occurrences_is_one_over_their_number():
+    counts = torch.tensor([1, 2, 80, 81, 82, 4000])
+    found = token_terms.expected_gain(counts, 0.3, torch.full((6,), 10.0))
+    by_hand = [math.log(4 / 3), 0.7 * math.log(4 / 3) + 0.3 * math.log(5 / 4)]
+    torch.testing.assert_close(found[:2], torch.tensor(by_hand))
+    assert bool((found.diff() < 0).all())  # on either side of where the sum gives way to its limit, too
+    assert float(found[3] / found[2]) == pytest.approx(80.3 / 81.3, rel=0.05)
+    assert float(found[5]) == pytest.approx(1 / (0.3 * 4000 + 3), rel=1e-3)
+
+
+def test_a_token_that_a_smaller_share_has_seen_has_more_to_teach():
+    counts, smoothing = torch.tensor([5, 50]), torch.tensor([2.0, 2.0])
+    few, many = (token_terms.expected_gain(counts, share, smoothing) for share in (0.1, 0.9))
+    assert bool((few > many).all())
 
 
 def test_blocks_of_pairs_and_of_logits_add_up(monkeypatch):
@@ -178,6 +205,7 @@ def test_saved_and_read_again(tmp_path):
         ({"terms": ()}, r"terms must be different ones of .* got \(\)"),
         ({"weights": (1.0,)}, r"weights must be 3 finite numbers >= 0, got \(1.0,\)"),
         ({"weights": (1.0, -1.0, 1.0)}, "weights must be 3 finite numbers >= 0"),
+        ({"share": 1.0}, "share must lie strictly between 0 and 1, got 1.0"),
         ({"smoothing": 0.0}, "smoothing must be finite and > 0, got 0.0"),
         ({"mixing": float("inf")}, "mixing must be finite and > 0, got inf"),
         ({"residuals": "random"}, "unknown residuals 'random'"),
