@@ -153,7 +153,8 @@ def gradient_methods(parameters: Sequence[str], rank: int) -> dict[str, Method]:
 def steering_methods(n_operators: int, degree: int, settings: TokenSteering | None = None) -> dict[str, Method]:
     """STRIDE as published, as far as that is known, and with settings whose recovery is chosen on validation queries.
 
-    n_operators: K. degree: subsets that each document joins. settings: of the tuned operators, default `TokenSteering`.
+    n_operators: K. degree: subsets that each document joins. settings: of the tuned operators, default `TokenSteering`;
+    those as published are trained for as many steps.
     """
 
     def prepare(steering: TokenSteering, bench: Subject) -> TokenStride:
@@ -164,11 +165,12 @@ def steering_methods(n_operators: int, degree: int, settings: TokenSteering | No
         recovering = stride.recovering(recovery)
         return Answer(lambda queries: recovering.scores(queries) / lengths(queries)[:, None])
 
+    tuned = settings or TokenSteering()
     penalties = (Penalty(), Penalty(nonnegative=True))
     recoveries = [Recovery(lam, penalty) for penalty in penalties for lam in (0.01, 0.03, 0.1, 0.3)]
     return {
-        "stride/untuned": Method(partial(prepare, PUBLISHED), finish, [Recovery("universal")]),
-        "stride/tuned": Method(partial(prepare, settings or TokenSteering()), finish, recoveries),
+        "stride/untuned": Method(partial(prepare, PUBLISHED.but(steps=tuned.steps)), finish, [Recovery("universal")]),
+        "stride/tuned": Method(partial(prepare, tuned), finish, recoveries),
     }
 
 

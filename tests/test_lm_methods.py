@@ -1,0 +1,87 @@
+"""The methods of the language-model tables: each answers, is chosen on validation queries alone, and is timed."""
+
+import pytest
+import torch
+from language_toys import language_model
+
+from tda_core import lm_methods
+from tda_core.corpora import CorpusSize, load_corpus
+from tda_core.lm_bench import LMBench, LMGoal, Subject, bank_of, build_bench
+from tda_core.lm_methods import Answer, Method, costs, cropped, judge, lengths
+from tda_core.lm_recipes import LMRecipe
+from tda_core.text_pairs import TextPairs
+from tda_core.token_steering import TokenSteering
+
+GOAL = LMGoal(LMRecipe(width=8, layers=1, heads=2, length=24, batch_size=8), epochs=3, n_subsets=8, n_seeds=1)
+METHODS = {
+    **lm_methods.controls(),
+    **lm_methods.gradient_methods(("*mlp*",), 2),
+    **lm_methods.steering_methods(12, 3, TokenSteering(rank=4, steps=2)),
+    "forward_only/tuned": lm_methods.simulation(),
+    **lm_methods.closed_forms(),
+    **{f"{name}/model": method for name, method in lm_methods.closed_forms("model").items()},
+    "icp": lm_methods.probing(),
+}
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
+    corpus = load_corpus("help_topics", CorpusSize(30, 5, 6, 24, 300, 4))
+    build_bench(corpus, GOAL, folder, bank_of(corpus, GOAL, folder / "bank"), n_jobs=1)
+    return LMBench.load(folder)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_answers_all_test_queries(bench, name):
+    method = METHODS[name]
+    found = judge(bench, method)
+    shape = (8, 6) if name.endswith("_lm") else (6, 30)
+    assert found.scores.shape == shape and bool(torch.isfinite(found.scores).all())
+    assert found.lds.value == pytest.approx(bench.lds(found.scores).value)
+    assert found.lds_raw.value == pytest.approx(bench.lds(found.scores, raw=True).value)
+    assert found.build_seconds >= 0 and found.query_ms > 0
+    if len(method.settings) > 1:
+        assert found.validation[found.setting] == max(found.validation.values())
+    if name not in ("random", "length") and not name.startswith("stride/"):  # whose Lasso may keep nothing
+        assert float(found.scores.std(1).min()) > 0
+
+
+def test_settings_are_chosen_without_the_test_queries(bench):
+    asked = []
+
+    def finish(prepared, setting):
+        def scores(queries):
+            asked.append((setting, len(queries)))
+            return setting * torch.arange(30.0).expand(len(queries), -1)
+
+        return Answer(scores)
+
+    judge(bench, Method(lambda b: None, finish, (1, -1)))
+    assert [n for _, n in asked[:2]] == [5, 5] and asked[2][1] == 6 and len(asked) == 3
+
+
+def test_costs_need_no_ground_truth():
+    corpus = load_corpus("help_topics", CorpusSize(12, 2, 3, 24, 300, 4))
+    recipe = LMRecipe(width=8, layers=1, heads=2, length=24)
+    from tda_core.language import LanguageModel
+
+    subject = Subject(corpus, LanguageModel(recipe.untrained(300, seed=0), corpus.tokenizer))
+    build, query, _ = costs(subject, METHODS["adam_dot"])
+    assert build >= 0 and query > 0
+
+
+def test_n_gram_models_predict_mean_losses(bench):
+    queries = bench.examples("test")
+    found = METHODS["bigram_lm"].prepare(bench).scores(queries)
+    from tda_core.ngram_lm import NgramLM
+
+    summed = NgramLM(bench.examples("train"), 2, 300).losses(bench.masks, queries)
+    assert torch.equal(found * lengths(queries), -summed) or torch.allclose(found * lengths(queries), -summed)
+
+
+def test_texts_are_cropped_to_leave_room():
+    model = language_model("llama")
+    pairs = TextPairs(("w2 w3", ""), ("w4 w5 w6", "w7"))
+    assert cropped(model, pairs, 4).responses == ("w4 w5", "w7")
+    assert cropped(model, pairs, 5) == pairs and cropped(model, pairs, None) == pairs
