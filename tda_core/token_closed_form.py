@@ -53,7 +53,7 @@ class TokenSettings:
     mixing: float = 30.0
     damping: float = 1.0
     layer: int | float | None = None
-    power: float = 4.0
+    power: float = 16.0
     residuals: str = "counts"
 
     def __post_init__(self) -> None:
