@@ -19,11 +19,12 @@ from tda_core.language import LanguageModel
 from tda_core.recovery import Penalty
 from tda_core.store import Store, load_tensors, save_tensors
 from tda_core.stride import Recovery
+from tda_core.token_files import mapped_token_table
 from tda_core.token_steering import SteeredDocuments, TokenOperators, TokenSteering
 from tda_core.token_steering_fit import fit_token_operators
 from tda_core.token_table import token_table
 
-OPTIONS = {"weights": None, "store": None}
+OPTIONS = {"weights": None, "store": None, "states": None}
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,14 +92,16 @@ def fit_token_stride(
     settings: TokenSteering | None = None,
     *,
     seed: int = 0,
-    **options: Tensor | Store | None,
+    **options: Tensor | Store | Path | str | None,
 ) -> TokenStride:
     """Train an operator for every subset of the training documents: the one costly step.
 
     train: from `LanguageModel.examples`. membership: (K, n) from `tda_core.designs`. options: `weights`, (n, T) in
     [0, 1], each labelled position's weight in the fidelity (default 1); `store`, which keeps the state of training, so
-    that a stopped run goes on there. The recovery is the Lasso, as published; `recovering` changes it. Raises
-    ValueError for a membership that is not one of these documents, and what `fit_token_operators` raises.
+    that a stopped run goes on there; `states`, a folder that the documents' states are written to and mapped from, in
+    half precision, for more than fit in memory (`token_files`). The recovery is the Lasso, as published; `recovering`
+    changes it. Raises ValueError for a membership that is not one of these documents, and what `fit_token_operators`
+    raises.
     """
     unknown = set(options) - set(OPTIONS)
     if unknown:
@@ -113,7 +116,10 @@ def fit_token_stride(
         if weights.shape != train.targets.shape:
             raise ValueError(f"weights must be {tuple(train.targets.shape)} as targets, got {tuple(weights.shape)}")
         weights = weights[(train.targets != IGNORED).to(weights.device)].cpu()
-    table = token_table(model, train, layer=settings.layer)
+    if options["states"] is None:
+        table = token_table(model, train, layer=settings.layer)
+    else:
+        table = mapped_token_table(model, train, options["states"], layer=settings.layer)
     documents = SteeredDocuments(model, table, columns, weights, train.hash)
     operators, losses = fit_token_operators(documents, settings, seed=seed, store=options["store"])
     return TokenStride(columns, operators, Recovery(), losses, train.hash)
