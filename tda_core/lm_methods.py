@@ -36,6 +36,8 @@ from tda_core.token_steering import PUBLISHED, TokenSteering
 from tda_core.token_stride import TokenStride, fit_token_stride
 
 DAMPINGS = (0.01, 0.1, 1.0, 10.0)
+# Shares of the depth whose states closed forms may stand on
+LAYERS = (0.5, 1.0)
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,11 @@ class Answer:
 def unchanged(prepared: Any, _: Any) -> Any:
     """`finish` of a method without settings."""
     return prepared
+
+
+def unprepared(bench: Any) -> Any:
+    """`prepare` of a method of which every setting changes all."""
+    return bench
 
 
 @dataclass(frozen=True)
@@ -176,32 +183,35 @@ def steering_methods(n_operators: int, degree: int, settings: TokenSteering | No
 
 def simulation() -> Method:
     """Forward-only simulation of the output head on frozen states, from a head that knows nothing."""
-    grid = [
-        HeadDynamics(horizon, adaptivity=adaptivity, start=start)
-        for horizon in (1, 10, 100)
-        for adaptivity in (0.5, 1.0)
-        for start in ("flat", "frequency", "model")
-    ]
-    return Method(lambda b: b, lambda b, dynamics: simulate_head(b.model, b.examples("train"), dynamics), grid)
+    starts = ("flat", "frequency", "model")
+    grid = [HeadDynamics(damping=damping, start=start) for damping in (0.01, 0.1, 1.0) for start in starts]
+    grid += [HeadDynamics(10, damping=0.0, start=start) for start in starts]
+    return Method(unprepared, lambda b, dynamics: simulate_head(b.model, b.examples("train"), dynamics), grid)
 
 
 def closed_forms(residuals: str = "counts") -> dict[str, Method]:
-    """Steering operators in closed form: all terms with weights from validation queries, and a few with equal weights.
+    """Steering operators in closed form: all terms, weighted by validation queries; and some, weighted alike.
 
-    residuals: as in `TokenSettings`.
+    residuals: as in `TokenSettings`. The layer whose states count is chosen on validation queries too.
     """
 
-    def weighted(bench: LMBench) -> TokenClosedForm:
-        settings = TokenSettings(TERMS, (1.0,) * len(TERMS), layer=0.6, residuals=residuals)
+    def weighted(bench: LMBench, layer: float) -> TokenClosedForm:
+        share = float(bench.masks.double().mean())
+        settings = TokenSettings(TERMS, (1.0,) * len(TERMS), share=share, layer=layer, residuals=residuals)
         form = token_closed_form(bench.model, bench.examples("train"), settings)
         terms = centred(form.term_scores(bench.examples("validation")), 1)
         outcomes = centred(bench.validation.outcomes.mean(1))
         return form.weighted(fit_term_weights(terms, bench.validation.masks, outcomes).values)
 
     def plain(bench: Subject) -> TokenClosedForm:
-        return token_closed_form(bench.model, bench.examples("train"), TokenSettings(residuals=residuals))
+        terms = ("unigram", "bigram", "related_bigram", "state")
+        settings = TokenSettings(terms, (1.0,) * len(terms), layer=LAYERS[0], residuals=residuals)
+        return token_closed_form(bench.model, bench.examples("train"), settings)
 
-    return {"stride_closed_form/tuned": Method(weighted), "stride_closed_form/untuned": Method(plain)}
+    return {
+        "stride_closed_form/tuned": Method(unprepared, weighted, LAYERS),
+        "stride_closed_form/untuned": Method(plain),
+    }
 
 
 def probing() -> Method:
