@@ -9,7 +9,7 @@ from tda_core import paths
 
 
 def test_the_code_attributes_a_model(tmp_path, monkeypatch):
-    first, of_language, second, third = re.findall(r"```python\n(.*?)```", paths.README.read_text(), re.DOTALL)
+    first, of_language, of_documents, second, third = re.findall(r"```python\n(.*?)```", paths.README.read_text(), re.DOTALL)
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     torch.manual_seed(0)
@@ -25,6 +25,9 @@ def test_the_code_attributes_a_model(tmp_path, monkeypatch):
     exec(of_language.replace("EleutherAI/pythia-70m", "model"), of_names)
     assert of_names["scores"].shape == (1, 2)
     assert sorted(of_names["proponents"][0].tolist()) == [0, 1]
+    assert len([line for line in of_documents.splitlines() if line]) <= 10
+    exec(of_documents, of_names)
+    assert of_names["closed"].shape == of_names["recovered"].shape == (1, 2)
     exec(second, names)
     assert 0 in names["top"].proponents and names["top"].proponents.shape == (1, 5)
     assert names["index"].dtype == "int8" and names["index"].ids.tolist() == list(range(3, 202))
