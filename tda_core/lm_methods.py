@@ -5,7 +5,7 @@ gives something with scores(queries). `judge` chooses the setting and times both
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from tda_core.icp import PLAIN, fit_icp
 from tda_core.inner_products import GradientProducts
 from tda_core.language import LanguageModel
 from tda_core.lm_bench import LMBench, Subject
-from tda_core.logra import LoGraSettings, fit_logra
+from tda_core.logra import LoGraFamily, LoGraSettings
 from tda_core.metrics import Estimate, centred
 from tda_core.ngram_lm import NAMES, NgramLM
 from tda_core.problem import Problem
@@ -29,7 +29,7 @@ from tda_core.speed import Watched, watched
 from tda_core.stride import Recovery
 from tda_core.term_weights import fit_term_weights
 from tda_core.text_pairs import TextPairs
-from tda_core.token_closed_form import TERMS, TokenClosedForm, TokenSettings, token_closed_form
+from tda_core.token_closed_form import TokenClosedForm, TokenSettings, token_closed_form
 from tda_core.token_products import TokenProducts
 from tda_core.token_simulation import HeadDynamics, simulate_head
 from tda_core.token_steering import PUBLISHED, TokenSteering
@@ -38,6 +38,8 @@ from tda_core.token_stride import TokenStride, fit_token_stride
 DAMPINGS = (0.01, 0.1, 1.0, 10.0)
 # Shares of the depth whose states closed forms may stand on
 LAYERS = (0.5, 1.0)
+# Terms that they sum
+SUMMED = ("unigram", "bigram", "trigram", "related_bigram", "state")
 
 
 @dataclass(frozen=True)
@@ -150,10 +152,11 @@ def gradient_methods(parameters: Sequence[str], rank: int) -> dict[str, Method]:
 
     kinds = {"dot": "last_layer_dot", "cosine": "last_layer_cosine", "adam_dot": "adam_dot"}
     found = {name: Method(head, partial(_of_kind, kind=kind)) for kind, name in kinds.items()}
-    found["last_layer"] = Method(head, lambda p, s: _of_kind(replace(p, damping=s), None, kind="damped"), DAMPINGS)
+    found["last_layer"] = Method(lambda b: _with_kernel(head(b)), _damped, DAMPINGS)
     for kind in ("dot", "cosine"):
         found[f"gradient_{kind}"] = Method(lambda b: GradientProducts(problem(b)), partial(_of_kind, kind=kind))
-    found["logra"] = Method(problem, lambda p, s: fit_logra(p, LoGraSettings(rank, damping=s)), DAMPINGS)
+    settings = LoGraSettings(rank)
+    found["logra"] = Method(lambda b: LoGraFamily.of(problem(b), settings), LoGraFamily.at, DAMPINGS)
     return found
 
 
@@ -183,29 +186,27 @@ def steering_methods(n_operators: int, degree: int, settings: TokenSteering | No
 
 def simulation() -> Method:
     """Forward-only simulation of the output head on frozen states, from a head that knows nothing."""
-    starts = ("flat", "frequency", "model")
-    grid = [HeadDynamics(damping=damping, start=start) for damping in (0.01, 0.1, 1.0) for start in starts]
-    grid += [HeadDynamics(10, damping=0.0, start=start) for start in starts]
+    starts = ("frequency", "model")
+    grid = [HeadDynamics(damping=damping, start=start) for damping in (0.1, 1.0) for start in starts]
     return Method(unprepared, lambda b, dynamics: simulate_head(b.model, b.examples("train"), dynamics), grid)
 
 
 def closed_forms(residuals: str = "counts") -> dict[str, Method]:
-    """Steering operators in closed form: all terms, weighted by validation queries; and some, weighted alike.
+    """Steering operators in closed form, their terms weighted by validation queries, and weighted alike.
 
     residuals: as in `TokenSettings`. The layer whose states count is chosen on validation queries too.
     """
 
     def weighted(bench: LMBench, layer: float) -> TokenClosedForm:
         share = float(bench.masks.double().mean())
-        settings = TokenSettings(TERMS, (1.0,) * len(TERMS), share=share, layer=layer, residuals=residuals)
+        settings = TokenSettings(SUMMED, (1.0,) * len(SUMMED), share=share, layer=layer, residuals=residuals)
         form = token_closed_form(bench.model, bench.examples("train"), settings)
         terms = centred(form.term_scores(bench.examples("validation")), 1)
         outcomes = centred(bench.validation.outcomes.mean(1))
         return form.weighted(fit_term_weights(terms, bench.validation.masks, outcomes).values)
 
     def plain(bench: Subject) -> TokenClosedForm:
-        terms = ("unigram", "bigram", "related_bigram", "state")
-        settings = TokenSettings(terms, (1.0,) * len(terms), layer=LAYERS[0], residuals=residuals)
+        settings = TokenSettings(SUMMED, (1.0,) * len(SUMMED), layer=LAYERS[0], residuals=residuals)
         return token_closed_form(bench.model, bench.examples("train"), settings)
 
     return {
@@ -246,6 +247,24 @@ def _ngram_models(bench: LMBench, order: int) -> Answer:
 
 def _of_kind(products: TokenProducts | GradientProducts, _: None, kind: str) -> Answer:
     return Answer(lambda queries: products.scores(queries, kind))
+
+
+def _with_kernel(products: TokenProducts) -> tuple[TokenProducts, dict[str, Tensor]]:
+    """Products whose kernel has been computed, and room for those of queries."""
+    assert products.kernel.shape  # which is computed here, and kept
+    return products, {}
+
+
+def _damped(prepared: tuple[TokenProducts, dict[str, Tensor]], damping: float) -> Answer:
+    """Damped products of the last layer; the plain ones of each set of queries are kept for the next damping."""
+    products, known = prepared
+
+    def scores(queries: Examples) -> Tensor:
+        if queries.hash not in known:
+            known[queries.hash] = products.scores(queries, "dot")
+        return products.damped(known[queries.hash], damping).float()
+
+    return Answer(scores)
 
 
 def lengths(queries: Examples) -> Tensor:

@@ -11,7 +11,7 @@ F_l the mean of g g' over the training set. At full rank it is exact influence w
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -84,17 +84,34 @@ class LoGra:
         return cls(problem, LoGraSettings(**found["logra"]), factors, tensors["solved"])
 
 
-def fit_logra(problem: Problem, settings: LoGraSettings | None = None) -> LoGra:
-    """Project and solve the training set's gradients (two passes over it with "pca", one with "random").
+@dataclass(frozen=True, eq=False)
+class LoGraFamily:
+    """LoGra with the damping left open: dampings share projections and projected training gradients (n, f)."""
 
-    Raises ValueError for parameters outside of linear layers.
-    """
+    problem: Problem
+    settings: LoGraSettings
+    factors: Factors
+    features: Tensor
+
+    @classmethod
+    def of(cls, problem: Problem, settings: LoGraSettings | None = None) -> "LoGraFamily":
+        """Two passes over the training set with "pca", one with "random". Raises as `fit_logra` does."""
+        settings = settings or LoGraSettings()
+        factors = _drawn(problem, settings) if settings.projection == "random" else _principal(problem, settings.rank)
+        return cls(problem, settings, factors, _projected(problem, problem.train, factors))
+
+    def at(self, damping: float) -> LoGra:
+        """Raises ValueError for a damping that is not finite and positive."""
+        settings = replace(self.settings, damping=damping)
+        sizes = [len(p_in) * len(p_out) for p_in, p_out in self.factors.values()]
+        solved = [_solved(part, damping) for part in self.features.split(sizes, 1)]
+        return LoGra(self.problem, settings, self.factors, torch.cat(solved, 1))
+
+
+def fit_logra(problem: Problem, settings: LoGraSettings | None = None) -> LoGra:
+    """Project and solve the training set's gradients. Raises ValueError for parameters outside of linear layers."""
     settings = settings or LoGraSettings()
-    factors = _drawn(problem, settings) if settings.projection == "random" else _principal(problem, settings.rank)
-    features = _projected(problem, problem.train, factors)
-    sizes = [len(p_in) * len(p_out) for p_in, p_out in factors.values()]
-    solved = [_solved(part, settings.damping) for part in features.split(sizes, 1)]
-    return LoGra(problem, settings, factors, torch.cat(solved, 1))
+    return LoGraFamily.of(problem, settings).at(settings.damping)
 
 
 def _solved(features: Tensor, damping: float) -> Tensor:

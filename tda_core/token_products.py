@@ -77,15 +77,18 @@ class TokenProducts:
             lengths = [total.sqrt().clamp_min(torch.finfo(total.dtype).tiny) for total in norms]
             found["cosine"] = found["dot"] / (lengths[0][:, None] * lengths[1])
         if "damped" in kinds:
-            found["damped"] = self._solved(found["dot"])
+            found["damped"] = self.damped(found["dot"], self.damping)
         return {kind: found[kind].float() for kind in kinds}
 
-    def _solved(self, products: Tensor) -> Tensor:
-        """K_q (K / n + damping I)^-1, equal to the solve among the V d parameters."""
+    def damped(self, dots: Tensor, damping: float) -> Tensor:
+        """Scores of kind "damped" from those of kind "dot", (q, n), which dampings share.
+
+        K_q (K / n + damping I)^-1, equal to the solve among the V d parameters.
+        """
         n = len(self.train)
-        damping = self.damping * float(self.kernel.diagonal().mean()) / n
+        damping = damping * float(self.kernel.diagonal().mean()) / n
         system = self.kernel / n + damping * torch.eye(n, dtype=self.kernel.dtype)
-        return torch.cholesky_solve(products.T, torch.linalg.cholesky(system)).T
+        return torch.cholesky_solve(dots.double().T, torch.linalg.cholesky(system)).T
 
     @cached_property
     def kernel(self) -> Tensor:

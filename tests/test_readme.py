@@ -9,7 +9,9 @@ from tda_core import paths
 
 
 def test_the_code_attributes_a_model(tmp_path, monkeypatch):
-    first, of_language, of_documents, second, third = re.findall(r"```python\n(.*?)```", paths.README.read_text(), re.DOTALL)
+    first, of_language, of_documents, second, third = re.findall(
+        r"```python\n(.*?)```", paths.README.read_text(), re.DOTALL
+    )
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     torch.manual_seed(0)
