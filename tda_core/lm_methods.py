@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tda_core import text_similarity
 from tda_core.bm25 import bm25
-from tda_core.designs import left_regular
+from tda_core.designs import balanced
 from tda_core.examples import Examples
 from tda_core.gradients import random_scores
 from tda_core.icp import PLAIN, fit_icp
@@ -36,6 +36,8 @@ from tda_core.token_steering import PUBLISHED, TokenSteering
 from tda_core.token_stride import TokenStride, fit_token_stride
 
 DAMPINGS = (0.01, 0.1, 1.0, 10.0)
+# Kinds of last-layer products by their names in tables
+LAST_LAYER = {"dot": "last_layer_dot", "adam_dot": "adam_dot"}
 # Shares of the depth whose states closed forms may stand on
 LAYERS = (0.5, 1.0)
 # Terms that they sum
@@ -150,8 +152,7 @@ def gradient_methods(parameters: Sequence[str], rank: int) -> dict[str, Method]:
     def head(bench: Subject) -> TokenProducts:
         return TokenProducts(bench.model, bench.examples("train"))
 
-    kinds = {"dot": "last_layer_dot", "cosine": "last_layer_cosine", "adam_dot": "adam_dot"}
-    found = {name: Method(head, partial(_of_kind, kind=kind)) for kind, name in kinds.items()}
+    found = {name: Method(head, partial(_of_kind, kind=kind)) for kind, name in LAST_LAYER.items()}
     found["last_layer"] = Method(lambda b: _with_kernel(head(b)), _damped, DAMPINGS)
     for kind in ("dot", "cosine"):
         found[f"gradient_{kind}"] = Method(lambda b: GradientProducts(problem(b)), partial(_of_kind, kind=kind))
@@ -160,26 +161,27 @@ def gradient_methods(parameters: Sequence[str], rank: int) -> dict[str, Method]:
     return found
 
 
-def steering_methods(n_operators: int, degree: int, settings: TokenSteering | None = None) -> dict[str, Method]:
+def steering_methods(n_operators: int, degree: int, rank: int, steps: int) -> dict[str, Method]:
     """STRIDE as published, as far as that is known, and with settings whose recovery is chosen on validation queries.
 
-    n_operators: K. degree: subsets that each document joins. settings: of the tuned operators, default `TokenSteering`;
-    those as published are trained for as many steps.
+    n_operators: K. degree: subsets that each document joins. rank: of the tuned operators. They take one step from zero
+    on all documents of all subsets, which on validation queries of another split was better than more steps on drawn
+    documents; those as published take `steps` of these.
     """
 
     def prepare(steering: TokenSteering, bench: Subject) -> TokenStride:
-        membership = left_regular(len(bench.corpus.train), n_operators, degree, seed=0)
+        membership = balanced(len(bench.corpus.train), n_operators, degree, seed=0)
         return fit_token_stride(bench.model, bench.examples("train"), membership, steering)
 
     def finish(stride: TokenStride, recovery: Recovery) -> Answer:
         recovering = stride.recovering(recovery)
         return Answer(lambda queries: recovering.scores(queries) / lengths(queries)[:, None])
 
-    tuned = settings or TokenSteering()
     penalties = (Penalty(), Penalty(nonnegative=True))
-    recoveries = [Recovery(lam, penalty) for penalty in penalties for lam in (0.01, 0.03, 0.1, 0.3)]
+    recoveries = [Recovery(lam, penalty, tolerance=1e-3) for penalty in penalties for lam in (0.003, 0.01, 0.03, 0.1)]
+    tuned, published = TokenSteering(rank=rank, steps=1, rate=0.002), PUBLISHED.but(steps=steps, rate=0.005)
     return {
-        "stride/untuned": Method(partial(prepare, PUBLISHED.but(steps=tuned.steps)), finish, [Recovery("universal")]),
+        "stride/untuned": Method(partial(prepare, published), finish, [Recovery("universal")]),
         "stride/tuned": Method(partial(prepare, tuned), finish, recoveries),
     }
 

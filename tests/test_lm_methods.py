@@ -10,13 +10,12 @@ from tda_core.lm_bench import LMBench, LMGoal, Subject, bank_of, build_bench
 from tda_core.lm_methods import Answer, Method, costs, cropped, judge, lengths
 from tda_core.lm_recipes import LMRecipe
 from tda_core.text_pairs import TextPairs
-from tda_core.token_steering import TokenSteering
 
 GOAL = LMGoal(LMRecipe(width=8, layers=1, heads=2, length=24, batch_size=8), epochs=3, n_subsets=8, n_seeds=1)
 METHODS = {
     **lm_methods.controls(),
     **lm_methods.gradient_methods(("*mlp*",), 2),
-    **lm_methods.steering_methods(12, 3, TokenSteering(rank=4, steps=2)),
+    **lm_methods.steering_methods(12, 3, rank=4, steps=2),
     "forward_only/tuned": lm_methods.simulation(),
     **lm_methods.closed_forms(),
     **{f"{name}/model": method for name, method in lm_methods.closed_forms("model").items()},
