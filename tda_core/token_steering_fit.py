@@ -19,8 +19,7 @@ from tda_core.memory import refuse_beyond
 from tda_core.steering_losses import linearity_residual
 from tda_core.store import Store
 from tda_core.token_steering import Block, Head, Source, SteeredDocuments, TokenOperators, TokenSteering, fixed_basis
-
-BETAS, EPSILON = (0.9, 0.999), 1e-12
+from tda_core.token_steering_state import BETAS, State, move
 
 
 def fit_token_operators(
@@ -54,7 +53,7 @@ def fit_token_operators(
         key = made_of | {"membership": membership, "settings": settings.but(save_every=1), "seed": seed}
     held = None if store is None else store.load("token_steering", key)
     projection = fixed_basis(settings, moment, seed=seed).to(device)
-    state = _State.start(projection, (k, rank, head.n_tokens), settings) if held is None else _State(held, settings)
+    state = State.start(projection, (k, rank, head.n_tokens), settings) if held is None else State(held, settings)
     training = _Training(documents, source, settings, seed)
     for step in tqdm(range(state.step, settings.steps), desc="steering", leave=False):
         training.advance(state, step)
@@ -82,36 +81,6 @@ def _survey(source: Source, settings: TokenSteering) -> tuple[Tensor, Tensor | N
             mean = mean + logits.softmax(1).sum(0)
     moment = (moment / len(source.table)).float()
     return (moment, None, None) if full else (moment, torch.cat(masses), mean.topk(restricted).indices.sort().values)
-
-
-class _State:
-    """What training changes, by name: matrices, first and second (moments), projection, losses; and the step."""
-
-    def __init__(self, tensors: dict[str, Tensor], settings: TokenSteering) -> None:
-        device = tensors["projection"].device
-        self.tensors = {name: value.to(device) for name, value in tensors.items()}
-        self.learned = settings.basis == "linear"
-
-    @classmethod
-    def start(cls, projection: Tensor, shape: tuple[int, int, int], settings: TokenSteering) -> "_State":
-        own = settings.second_moment == "own"
-        zeros = {"matrices": shape, "first": shape, "second": shape if own else shape[1:]}
-        tensors = {name: torch.zeros(size, device=projection.device) for name, size in zeros.items()}
-        tensors |= {"projection": projection, "losses": torch.zeros(settings.steps, 3), "step": torch.tensor(0)}
-        if settings.basis == "linear":
-            tensors |= {f"projection_{name}": torch.zeros_like(projection) for name in ("first", "second")}
-        return cls(tensors, settings)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[name]
-
-    @property
-    def step(self) -> int:
-        return int(self.tensors["step"])
-
-    def finished(self) -> dict[str, Tensor]:
-        """What is kept of a training that is over."""
-        return {name: self.tensors[name] for name in ("matrices", "projection", "losses", "step")}
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +117,7 @@ class _Training:
             sketch = (settings.sketch, settings.gamma)
             self.residual = linearity_residual(documents.membership, *sketch, seed=seed).to(source.head.weight.device)
 
-    def advance(self, state: _State, step: int) -> None:
+    def advance(self, state: State, step: int) -> None:
         """One step of Adam for all operators, and for the basis where it is learned."""
         settings, outside = self.settings, self._outside(step)
         projection, losses = state["projection"], torch.zeros(3, dtype=torch.float64)
@@ -172,13 +141,13 @@ class _Training:
             second.add_(gradient.square_(), alpha=(1 - BETAS[1]) / (1 if own else self.k))
         for k in range(self.k):
             second = state["second"][k] if own else state["second"]
-            _move(state["matrices"][k], state["first"][k], second, step, settings.rate)
+            move(state["matrices"][k], state["first"][k], second, step, settings.rate)
         if state.learned:
             first, second = state["projection_first"], state["projection_second"]
             first.lerp_(pull, 1 - BETAS[0])
             second.lerp_(pull.square(), 1 - BETAS[1])
             # in units of the basis's own size, as the rate is in units of the matrices'
-            _move(projection, first, second, step, settings.rate * float(projection.square().mean().sqrt()))
+            move(projection, first, second, step, settings.rate * float(projection.square().mean().sqrt()))
         state["losses"][step] = losses.float()
         state["step"].fill_(step + 1)
 
@@ -206,7 +175,7 @@ class _Training:
         return value
 
     def _gradient(
-        self, k: int, step: int, state: _State, outside: _Outside, pull: Tensor | None
+        self, k: int, step: int, state: State, outside: _Outside, pull: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The gradient (r, V) of operator k's weighted losses, and its fidelity and stability (2,). pull: (d, r), to
         which the gradient in the basis is added."""
@@ -275,7 +244,7 @@ class _Training:
         shares = shares / (shares @ lengths.float())[:, None].clamp_min(1)
         return _Outside(parts, shares.to(device), lengths.to(device), columns)
 
-    def _with_pull(self, outside: _Outside, state: _State) -> tuple[_Outside, float]:
+    def _with_pull(self, outside: _Outside, state: State) -> tuple[_Outside, float]:
         """The same with the gradient of the linearity, whose rows are documents' gains per token; and its value."""
         gains = torch.zeros(len(outside.lengths), self.k, device=outside.lengths.device)
         before = [block.log_likelihoods(None) for block, _, _ in outside.parts]
@@ -304,12 +273,6 @@ class _Training:
                 flow.index_add_(1, block.targets, more.T)
             flow.addmm_((self.settings.stability * share[:, None] * block.hidden).T, p.sub_(frozen)[:, :c])
         return flow, value
-
-
-def _move(values: Tensor, first: Tensor, second: Tensor, step: int, rate: float) -> None:
-    """Adam's step (Kingma & Ba 2015), moments without their start's bias."""
-    root = (second / (1 - BETAS[1] ** (step + 1))).sqrt_().add_(EPSILON)
-    values.addcdiv_(first, root, value=-rate / (1 - BETAS[0] ** (step + 1)))
 
 
 def _log(p: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ MODEL = language_model("llama")
 TRAIN = MODEL.examples(text_pairs(12, seed=1, response=(2, 6)))
 QUERIES = MODEL.examples(text_pairs(4, seed=2, response=(2, 6)))
 MEMBERSHIP = balanced(12, 5, 2, seed=0)
-FULL = TokenSteering(basis="identity", members=None, outside=None, steps=6, second_moment="own")
+FULL = TokenSteering(basis="identity", members=None, outside=None, steps=6, rate=0.02, second_moment="own")
 
 
 def documents(model=MODEL, layer=None, weights=None, membership=MEMBERSHIP):

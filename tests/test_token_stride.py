@@ -21,7 +21,7 @@ MODEL = language_model("llama")
 TRAIN = MODEL.examples(text_pairs(12, seed=1, response=(4, 4)))
 QUERIES = MODEL.examples(text_pairs(5, seed=2, response=(2, 6)))
 MEMBERSHIP = balanced(12, 6, 2, seed=0)
-SETTINGS = TokenSteering(rank=4, steps=4, members=2, outside=3)
+SETTINGS = TokenSteering(rank=4, steps=4, rate=0.02, members=2, outside=3)
 
 
 def fitted(membership=MEMBERSHIP, **changes):
