@@ -177,9 +177,9 @@ def steering_methods(n_operators: int, degree: int, rank: int, steps: int) -> di
         recovering = stride.recovering(recovery)
         return Answer(lambda queries: recovering.scores(queries) / lengths(queries)[:, None])
 
-    penalties = (Penalty(), Penalty(nonnegative=True))
-    recoveries = [Recovery(lam, penalty, tolerance=1e-3) for penalty in penalties for lam in (0.003, 0.01, 0.03, 0.1)]
-    tuned, published = TokenSteering(rank=rank, steps=1, rate=0.002), PUBLISHED.but(steps=steps, rate=0.005)
+    shares = {Penalty(intercept=True): (0.03, 0.1, 0.3), Penalty(nonnegative=True): (0.003, 0.01, 0.03, 0.1)}
+    recoveries = [Recovery(lam, penalty, tolerance=1e-3) for penalty, lams in shares.items() for lam in lams]
+    tuned, published = TokenSteering(rank=rank), PUBLISHED.but(steps=steps, rate=0.005)
     return {
         "stride/untuned": Method(partial(prepare, published), finish, [Recovery("universal")]),
         "stride/tuned": Method(partial(prepare, tuned), finish, recoveries),
