@@ -131,7 +131,7 @@ def controls() -> dict[str, Method]:
         "length": Method(lambda b: text_similarity.length(b.corpus.train), texts=True),
         "tfidf": Method(lambda b: text_similarity.tfidf(b.corpus.train), texts=True),
         "ngram_tfidf": Method(lambda b: text_similarity.tfidf(b.corpus.train, 3), texts=True),
-        "bm25": Method(lambda b: b.corpus.train, lambda t, s: bm25(t, k1=s[0], b=s[1]), searches, texts=True),
+        "bm25/tuned": Method(lambda b: b.corpus.train, lambda t, s: bm25(t, k1=s[0], b=s[1]), searches, texts=True),
         "feature_similarity": Method(
             lambda b: text_similarity.embedding_similarity(b.model, b.corpus.train), texts=True
         ),
@@ -153,11 +153,11 @@ def gradient_methods(parameters: Sequence[str], rank: int) -> dict[str, Method]:
         return TokenProducts(bench.model, bench.examples("train"))
 
     found = {name: Method(head, partial(_of_kind, kind=kind)) for kind, name in LAST_LAYER.items()}
-    found["last_layer"] = Method(lambda b: _with_kernel(head(b)), _damped, DAMPINGS)
+    found["last_layer/tuned"] = Method(lambda b: _with_kernel(head(b)), _damped, DAMPINGS)
     for kind in ("dot", "cosine"):
         found[f"gradient_{kind}"] = Method(lambda b: GradientProducts(problem(b)), partial(_of_kind, kind=kind))
     settings = LoGraSettings(rank)
-    found["logra"] = Method(lambda b: LoGraFamily.of(problem(b), settings), LoGraFamily.at, DAMPINGS)
+    found["logra/tuned"] = Method(lambda b: LoGraFamily.of(problem(b), settings), LoGraFamily.at, DAMPINGS)
     return found
 
 
