@@ -4,17 +4,19 @@ A `Method` prepares what no setting changes, `prepare(bench)`, and finishes with
 gives something with scores(queries). `judge` chooses the setting and times both on one thread.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tda_core import text_similarity
 from tda_core.bm25 import bm25
 from tda_core.designs import balanced
-from tda_core.examples import Examples
+from tda_core.examples import Examples, hash_of
 from tda_core.gradients import random_scores
 from tda_core.icp import PLAIN, fit_icp
 from tda_core.inner_products import GradientProducts
@@ -26,6 +28,7 @@ from tda_core.ngram_lm import NAMES, NgramLM
 from tda_core.problem import Problem
 from tda_core.recovery import Penalty
 from tda_core.speed import Watched, watched
+from tda_core.store import Store
 from tda_core.stride import Recovery
 from tda_core.term_weights import fit_term_weights
 from tda_core.text_pairs import TextPairs
@@ -84,12 +87,11 @@ class Method:
 
 @dataclass(frozen=True, eq=False)
 class Judged:
-    """scores: of the test queries. setting: the one that was chosen; validation: LDS of each, where there were several.
+    """scores: of the test queries. setting: the one that was chosen, as text, "" where there was nothing to choose.
     build_seconds: CPU seconds of one fit. query_ms: wall time. peak_mb: None where the system does not tell."""
 
     scores: Tensor
-    setting: Any
-    validation: dict[Any, float]
+    setting: str
     build_seconds: float
     query_ms: float
     peak_mb: float | None
@@ -97,15 +99,30 @@ class Judged:
     lds_raw: Estimate
 
 
-def judge(bench: LMBench, method: Method) -> Judged:
-    """Choose a setting, fit with it, and answer the test queries, all timed on one thread but for the choice."""
-    prepared = watched(lambda: method.prepare(bench))
-    setting, table = method.settings[0], {}
-    if len(method.settings) > 1:
-        validation = method.queries(bench, "validation")
-        setting, table = bench.choose(lambda s: method.finish(prepared.value, s).scores(validation), method.settings)
-    found, *cost = _asked(method, prepared, setting, method.queries(bench, "test"))
-    return Judged(found, setting, table, *cost, bench.lds(found), bench.lds(found, raw=True))
+def judge(bench: LMBench, method: Method, *, name: str = "", store: Store | None = None) -> Judged:
+    """Choose a setting, fit with it, and answer the test queries, all timed on one thread but for the choice.
+
+    store: where the outcome is kept under this name, so that a table that was stopped goes on where it stopped; a name
+    must stand for one method with one set of parameters there.
+    """
+
+    def compute() -> dict[str, Tensor]:
+        prepared = watched(lambda: method.prepare(bench))
+        setting, text = method.settings[0], ""
+        if len(method.settings) > 1:
+            validation = method.queries(bench, "validation")
+            setting, _ = bench.choose(lambda s: method.finish(prepared.value, s).scores(validation), method.settings)
+            text = str(setting)
+        found, *cost = _asked(method, prepared, setting, method.queries(bench, "test"))
+        numbers = torch.tensor([math.inf if value is None else value for value in cost], dtype=torch.float64)
+        return {"scores": found.contiguous(), "cost": numbers, "setting": torch.tensor(list(text.encode()) or [0])}
+
+    key = {"method": name, "model": bench.model.identity, "truth": hash_of([bench.masks, bench.test.losses])}
+    kept = compute() if store is None else store.get("judged", key, compute)
+    found, (build, query, peak) = kept["scores"], kept["cost"].tolist()
+    setting = bytes(kept["setting"].tolist()).decode().strip("\0")
+    cost = build, query, None if math.isinf(peak) else peak
+    return Judged(found, setting, *cost, bench.lds(found), bench.lds(found, raw=True))
 
 
 def costs(subject: Subject, method: Method) -> tuple[float, float, float | None]:
