@@ -14,6 +14,7 @@ of one teller share most words whoever they are about, and the same fact has oth
 Only the relations and their order, and who is told of by whom, are random.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -107,9 +108,8 @@ class FactSpec:
             raise ValueError(
                 f"documents of {self.n_facts} facts have up to {words} tokens, more than length = {self.length}"
             )
-        asked, possible = self.n_train + self.n_validation + self.n_test, self.n_people * self.n_tellers
-        for i in range(self.n_facts):
-            possible *= self.n_relations - i
+        asked = self.n_train + self.n_validation + self.n_test
+        possible = self.n_people * self.n_tellers * math.comb(self.n_relations, self.n_facts)
         if asked > possible:
             raise ValueError(f"{asked} documents are asked for, and only {possible} differ")
 
@@ -141,13 +141,17 @@ class FactCorpus:
 
 
 def fact_corpus(spec: FactSpec | None = None) -> FactCorpus:
-    """The corpus of a spec. No document occurs twice: a query shares facts with training documents, never all words."""
+    """The corpus of a spec. No two documents hold the same words: a query shares facts with training documents, and
+    of each of them some words, never all."""
     spec = spec or FactSpec()
     world = _World(spec)
-    rng, drawn = Random(f"documents {spec.seed}"), {}
+    rng, drawn, seen = Random(f"documents {spec.seed}"), {}, set()
     while len(drawn) < spec.n_train + spec.n_validation + spec.n_test:
         relations = tuple(rng.sample(range(spec.n_relations), spec.n_facts))
-        drawn[rng.randrange(spec.n_people), rng.randrange(spec.n_tellers), relations] = None
+        told = rng.randrange(spec.n_people), rng.randrange(spec.n_tellers)
+        if (words := (*told, frozenset(relations))) not in seen:  # in whatever order they are told
+            seen.add(words)
+            drawn[*told, relations] = None
     ends = (spec.n_train, spec.n_train + spec.n_validation, len(drawn))
     parts = [list(drawn)[start:end] for start, end in zip((0, *ends), ends, strict=False)]
     texts = [documents_of([world.document(*told) for told in part]) for part in parts]

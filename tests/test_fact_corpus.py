@@ -134,3 +134,11 @@ def test_words_of_relations_are_used_once():
 def test_bad_specs(change, message):
     with pytest.raises(ValueError, match=message):
         FactSpec(**change)
+
+
+def test_no_two_documents_hold_the_same_words():
+    facts = fact_corpus(
+        FactSpec(n_people=3, n_relations=4, n_facts=2, n_tellers=2, n_train=20, n_validation=4, n_test=4)
+    )
+    texts = [*facts.corpus.train.responses, *facts.corpus.validation.responses, *facts.corpus.test.responses]
+    assert len({tuple(sorted(text.split())) for text in texts}) == len(texts) == 28
