@@ -110,15 +110,15 @@ class GradientProducts:
         return max(1, min(self.chunk_size, HELD // self.problem.n_parameters))
 
     def _training_gradients(self) -> Iterator[Tensor]:
-        if self._held is not None:
-            yield from map(_single, self._held.split(self._chunk))
+        if self.held is not None:
+            yield from map(_single, self.held.split(self._chunk))
             return
         chunks = torch.arange(len(self.problem.train)).split(self._chunk)
         for rows in tqdm(chunks, desc="training gradients", leave=False):
             yield _single(self.problem.gradients(self.problem.train[rows]))
 
     @cached_property
-    def _held(self) -> Tensor | None:
+    def held(self) -> Tensor | None:
         """All training gradients (n, p), where they fit."""
         if len(self.problem.train) * self.problem.n_parameters > HELD:
             return None

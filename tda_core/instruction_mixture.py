@@ -5,7 +5,7 @@ kept for fine-tuning or use one of that family's wordings; pairs are questions o
 model that is pre-trained on the documents knows the words, the languages and other tasks, and none of the answers, so
 that fine-tuning on a subset of the pairs teaches it what the subset holds.
 
-A family answers in one language, in three wordings: a query's question stands in training in its other wordings (the
+A family answers in one language, in three wordings: most queries' questions stand in training in another wording (the
 same answer to be learned), beside questions of its family that share nearly all of its words and none of its answer.
 """
 

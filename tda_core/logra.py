@@ -23,6 +23,7 @@ from tda_core.examples import Examples
 from tda_core.layers import Flows, outer, own_parameters
 from tda_core.problem import Problem
 from tda_core.store import load_tensors, save_tensors
+from tda_core.token_rows import lengths_of
 
 PROJECTIONS = ("pca", "random")
 # Floats of outputs that one backward pass holds (64 MB, of which it makes several copies).
@@ -140,9 +141,12 @@ def _drawn(problem: Problem, settings: LoGraSettings) -> Factors:
 def _principal(problem: Problem, rank: int) -> Factors:
     """The directions of largest mean square of inputs and of derivatives, over all positions of the training set."""
     moments: dict[str, tuple[Tensor, Tensor]] = {}
-    for flowed in tqdm(_flows(problem, problem.train), desc="directions of the layers", leave=False):
+    size = _block(problem, problem.train)
+    blocks = zip(_flows(problem, problem.train), torch.arange(len(problem.train)).split(size), strict=True)
+    for flowed, numbers in tqdm(blocks, desc="directions of the layers", leave=False):
+        reach = lengths_of(problem.train[numbers]) if problem.train.is_sequence else None
         for name, pair in flowed.items():
-            rows = [value.flatten(0, -2).double() for value in pair]
+            rows = [_read(value, reach) for value in pair]
             found = tuple(value.T @ value for value in rows)
             moments[name] = tuple(map(torch.add, moments[name], found)) if name in moments else found
     dtype = problem.theta.dtype
@@ -165,11 +169,22 @@ def _projected(problem: Problem, examples: Examples, factors: Factors) -> Tensor
 def _flows(problem: Problem, examples: Examples) -> Iterator[Flows]:
     """What flows through the layers, by blocks of examples, with a 1 behind the inputs of a layer whose bias counts."""
     names = _layers(problem)
-    positions = examples.inputs.shape[1] if examples.is_sequence else 1
-    size = max(1, OUTPUTS // (positions * problem.n_outputs))
-    for rows in torch.arange(len(examples)).split(size):
+    for rows in torch.arange(len(examples)).split(_block(problem, examples)):
         flowed = problem.flows(examples.inputs[rows], examples.targets[rows])
         yield {n: (F.pad(flowed[n][0], (0, 1), value=1.0) if names[n] else flowed[n][0], flowed[n][1]) for n in names}
+
+
+def _block(problem: Problem, examples: Examples) -> int:
+    """Examples that one backward pass takes."""
+    positions = examples.inputs.shape[1] if examples.is_sequence else 1
+    return max(1, OUTPUTS // (positions * problem.n_outputs))
+
+
+def _read(value: Tensor, reach: Tensor | None) -> Tensor:
+    """Rows (N, d) of what flowed at the positions up to each sequence's last label; padding teaches nothing."""
+    if reach is None:
+        return value.flatten(0, -2).double()
+    return value[torch.arange(value.shape[1]) < reach[:, None]].double()
 
 
 def _layers(problem: Problem) -> dict[str, bool]:

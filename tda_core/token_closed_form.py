@@ -93,17 +93,17 @@ class TokenClosedForm:
         """Scores of each term by itself: (n_terms, n_query, n_train)."""
         table = _table(self.model, queries, self.settings)
         asked = self._positions(table, position_weights(table, "mean"))
-        return torch.stack([term.scores(asked) for term in self._terms])
+        return torch.stack([term.scores(asked) for term in self.terms])
 
     def weighted(self, weights: Sequence[float]) -> "TokenClosedForm":
         """The same with other weights of the terms: n_terms."""
         made = replace(self, settings=replace(self.settings, weights=tuple(map(float, weights))))
-        if "_terms" in self.__dict__:
-            made.__dict__["_terms"] = self._terms
+        if "terms" in self.__dict__:
+            made.__dict__["terms"] = self.terms
         return made
 
     @cached_property
-    def _terms(self) -> list[Match | Related | State]:
+    def terms(self) -> list[Match | Related | State]:
         own = self._positions(self.table, torch.ones(len(self.table)))
         return [self._term(name, own) for name in self.settings.terms]
 

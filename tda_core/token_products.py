@@ -67,7 +67,7 @@ class TokenProducts:
         found = {kind: torch.zeros(len(queries), len(self.train), dtype=torch.float64) for kind in ("dot", "adam_dot")}
         norms = [torch.zeros(len(part), dtype=torch.float64) for part in (queries, self.train)]
         for tokens in self._slices():
-            asked, own = (part.of_tokens(tokens).flatten(1) for part in (goals, self._gradients))
+            asked, own = (part.of_tokens(tokens).flatten(1) for part in (goals, self.gradients))
             found["dot"] += asked @ own.T
             for total, part in zip(norms, (asked, own), strict=True):
                 total += part.square().sum(1)
@@ -95,12 +95,13 @@ class TokenProducts:
         """Products of the training documents' gradients with each other: (n, n) float64."""
         total = torch.zeros(len(self.train), len(self.train), dtype=torch.float64)
         for tokens in self._slices():
-            own = self._gradients.of_tokens(tokens).flatten(1)
+            own = self.gradients.of_tokens(tokens).flatten(1)
             total += own @ own.T
         return total
 
     @cached_property
-    def _gradients(self) -> HeadGradients:
+    def gradients(self) -> HeadGradients:
+        """The training documents', of which slices of the vocabulary are computed: one forward pass."""
         return self._gradients_of(self.train)
 
     def _gradients_of(self, examples: Examples) -> HeadGradients:

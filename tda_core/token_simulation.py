@@ -104,12 +104,12 @@ class SimulatedHead:
         found = torch.zeros(len(queries), len(self.train), dtype=torch.float64)
         factors = self.dynamics.filter(self.shares, self.curvatures).float()
         for tokens in slices_of(len(self.shares), len(self.train) * len(self.basis)):
-            asked, own = (part.of_tokens(tokens) for part in (goals, self._own))
+            asked, own = (part.of_tokens(tokens) for part in (goals, self.own))
             found += (asked * factors[tokens]).flatten(1) @ own.flatten(1).T
-        return (found / self._own.table.lengths.sum()).float()
+        return (found / self.own.table.lengths.sum()).float()
 
     @cached_property
-    def _own(self) -> HeadGradients:
+    def own(self) -> HeadGradients:
         return self._gradients(token_table(self.model, self.train, layer=self.dynamics.layer), "sum")
 
     def _gradients(self, table: TokenTable, reduction: str) -> HeadGradients:

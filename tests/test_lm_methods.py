@@ -7,7 +7,8 @@ from language_toys import language_model
 from tda_core import lm_methods
 from tda_core.corpora import CorpusSize, load_corpus
 from tda_core.lm_bench import LMBench, LMGoal, Subject, bank_of, build_bench
-from tda_core.lm_methods import Answer, Method, costs, cropped, judge, lengths
+from tda_core.lm_judging import Answer, Method, costs, judge
+from tda_core.lm_methods import cropped, lengths
 from tda_core.lm_recipes import LMRecipe
 from tda_core.store import Store
 from tda_core.text_pairs import TextPairs
@@ -101,3 +102,7 @@ def test_texts_are_cropped_to_leave_room():
     pairs = TextPairs(("w2 w3", ""), ("w4 w5 w6", "w7"))
     assert cropped(model, pairs, 4).responses == ("w4 w5", "w7")
     assert cropped(model, pairs, 5) == pairs and cropped(model, pairs, None) == pairs
+    assert cropped(model, pairs, 2).pairs == (("w3", "w4"), ("", "w7"))
+    assert cropped(model, pairs, 1).pairs == (("", "w4"), ("", "w7"))
+    with pytest.raises(ValueError, match="n_tokens must be at least 1, got 0"):
+        cropped(model, pairs, 0)
