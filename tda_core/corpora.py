@@ -147,8 +147,9 @@ def _runs(text: str, encoded, most: int) -> list[tuple[str, int]]:
     while start < len(words):
         end = min(start + most, len(words))
         if end < len(words):
-            whole = next((i for i in range(end, start, -1) if words[i] != words[i - 1]), end)
-            end = whole
+            end = next((i for i in range(end, start, -1) if words[i] != words[i - 1]), end)
+            while end > start + 1 and offsets[end][0] < offsets[end - 1][1]:
+                end -= 1  # in the middle of a character of several tokens
         run = text[offsets[start][0] : offsets[end][0] if end < len(words) else len(text)]
         runs.append((run, end - start))
         start = end

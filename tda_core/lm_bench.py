@@ -9,7 +9,8 @@ predictions alike, because how well a run trained at all is common to all querie
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -188,21 +189,21 @@ def build_bench(corpus: Corpus, goal: LMGoal, folder: Path | str, bank: TruthBan
 
 
 def _train_attributed(corpus: Corpus, goal: LMGoal, folder: Path, bank: TruthBank) -> None:
-    """Write the models of both states, unless they are there."""
-    if all((folder / f"model_{state}").is_dir() for state in STATES):
-        return
+    """Write the models of both states, unless they are there; those of another goal or corpus are replaced."""
     n = len(bank.examples)
     training = goal.training(n, bank.training.n_tokens, bank.training.initial)
+    made_of = json.dumps({"training": training.identity, "data": bank.examples.hash, "seed": MODEL_SEED})
+    marker, places = folder / "models.json", {state: folder / f"model_{state}" for state in STATES}
+    if not marker.is_file() or marker.read_text() != made_of:
+        for place in places.values():
+            shutil.rmtree(place, ignore_errors=True)
+        atomic_write(marker, made_of)
+    if all(place.is_dir() for place in places.values()):
+        return
     at = dict(zip((max(1, training.recipe.steps // 2), training.recipe.steps), STATES, strict=True))
     everything = torch.ones(1, n, dtype=torch.bool)
     for step, ensemble in pretrain_steps(training, bank.examples, everything, [MODEL_SEED]):
-        if step in at:
+        if step in at and not places[at[step]].is_dir():
             model = ensemble.copy_to(0, training.start(MODEL_SEED))
             LanguageModel(model, corpus.tokenizer).save(folder / "model.partial")
-            (folder / "model.partial").replace(folder / f"model_{at[step]}")  # whole, or not there
-
-
-def table_of(bench: LMBench, found: Mapping[str, Tensor]) -> dict[str, tuple[Estimate, Estimate]]:
-    """Centred and raw LDS of each method's scores or predictions, in falling order of the first."""
-    table = {method: (bench.lds(value), bench.lds(value, raw=True)) for method, value in found.items()}
-    return dict(sorted(table.items(), key=lambda item: -item[1][0].value))
+            (folder / "model.partial").replace(places[at[step]])  # whole, or not there

@@ -210,4 +210,4 @@ def _damped(prepared: tuple[TokenProducts, dict[str, Tensor]], damping: float) -
 
 def lengths(queries: Examples) -> Tensor:
     """Labelled tokens of each query: (q,). Ground truths are of mean losses."""
-    return (queries.targets >= 0).sum(1)
+    return (queries.targets >= 0).sum(1).cpu()

@@ -173,11 +173,6 @@ class NgramLM:
                 raise ValueError(f"{name} hold token {int(bad)}, outside of a vocabulary of {self.n_tokens}")
 
 
-def ngram_controls(train: Examples, n_tokens: int, *, fraction: float = 0.3) -> dict[str, NgramLM]:
-    """The three controls by the names that tables have for them."""
-    return {name: NgramLM(train, order, n_tokens, fraction) for name, order in NAMES.items()}
-
-
 @dataclass(frozen=True, eq=False)
 class _Level:
     """The n-grams of one order that occur in training, numbered.

@@ -20,6 +20,20 @@ from tda_core.lm_recipes import LMRecipe
 from tda_core.token_rows import lengths_of
 
 BETAS, CLIP = (0.9, 0.98), 1.0
+# What the shapes of weights do not tell of a Llama's or GPT-2's computation
+SHAPE = (
+    "model_type",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "n_head",
+    "head_dim",
+    "hidden_act",
+    "activation_function",
+    "rms_norm_eps",
+    "layer_norm_epsilon",
+    "rope_parameters",
+    "tie_word_embeddings",
+)
 # Positions of one evaluation pass, all models together
 EVALUATED = 2**15
 
@@ -45,6 +59,11 @@ class LMTraining:
         """A model before its training. ValueError where the initial model does not have the recipe's shape."""
         model = self.recipe.untrained(self.n_tokens, seed=seed)
         if self.initial is not None:
+            own, given = (of.config.to_dict() for of in (model, self.initial))
+            for name in SHAPE:
+                if own.get(name) != given.get(name):
+                    found, expected = given.get(name), own.get(name)
+                    raise ValueError(f"the initial model has {name} = {found}, but the recipe's models {expected}")
             try:
                 model.load_state_dict(self.initial.state_dict())
             except RuntimeError as error:
@@ -77,8 +96,8 @@ def pretrain_many(training: LMTraining, examples: Examples, masks: Tensor, seeds
     """Train M models together on their own documents.
 
     masks: (M, n) bool, equally large subsets. seeds: M, of initialisation and order. What a model becomes does not
-    depend on those beside it. Raises ValueError for wrong shapes, an empty subset, and documents that do not fit the
-    window or the vocabulary; FloatingPointError for divergence.
+    depend on those beside it, but for rounding where their documents are longer. Raises ValueError for wrong shapes, an
+    empty subset, and documents that do not fit the window or the vocabulary; FloatingPointError for divergence.
     """
     *_, (_, ensemble) = pretrain_steps(training, examples, masks, seeds)
     return ensemble

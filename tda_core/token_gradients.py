@@ -8,7 +8,7 @@ from the input embedding that it may be tied to.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -43,10 +43,6 @@ class HeadGradients:
         size = max(1, PROBABILITIES // len(head_of(model)[0]))
         normalisers = torch.cat([_logits(model, part).logsumexp(1) for part in table.last.split(size)])
         return cls(model, table, features, weights, normalisers=normalisers)
-
-    def from_start(self, start: Tensor) -> "HeadGradients":
-        """The same documents with these probabilities (V,) at every position."""
-        return replace(self, start=start, normalisers=None)
 
     def of_tokens(self, tokens: slice) -> Tensor:
         """Rows of the gradients that belong to a slice of the vocabulary: (n, s, f), float32."""

@@ -53,7 +53,10 @@ def fit_token_operators(
         key = made_of | {"membership": membership, "settings": settings.but(save_every=1), "seed": seed}
     held = None if store is None else store.load("token_steering", key)
     projection = fixed_basis(settings, moment, seed=seed).to(device)
-    state = State.start(projection, (k, rank, head.n_tokens), settings) if held is None else State(held, settings)
+    if held is None:
+        state = State.start(projection, (k, rank, head.n_tokens), settings)
+    else:
+        state = State({name: value.to(device) for name, value in held.items()}, settings)
     training = _Training(documents, source, settings, seed)
     for step in tqdm(range(state.step, settings.steps), desc="steering", leave=False):
         training.advance(state, step)

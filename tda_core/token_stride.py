@@ -78,7 +78,8 @@ class TokenStride:
         recovery = Recovery(**{**metadata["recovery"], "penalty": Penalty(**metadata["recovery"]["penalty"])})
         settings, device = TokenSteering(**metadata["steering"]), model.device
         projection, matrices = tensors["projection"].to(device), tensors["matrices"].to(device)
-        operators = TokenOperators(model, settings, projection, matrices, tensors.get("common"))
+        common = tensors["common"].to(device) if "common" in tensors else None
+        operators = TokenOperators(model, settings, projection, matrices, common)
         indices, indptr = tensors["indices"].numpy(), tensors["indptr"].numpy()
         ones = np.ones(len(indices), dtype=np.float32)
         membership = sparse.csc_array((ones, indices, indptr), shape=(len(matrices), len(train)))

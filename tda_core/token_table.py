@@ -78,7 +78,7 @@ def token_table(
     place = round(layer * depth) if isinstance(layer, float) else layer
     if place is not None and not 0 <= place <= depth:
         raise ValueError(f"layer must lie in 0..{depth}, or be a share of the depth, got {layer}")
-    labelled = examples.targets != IGNORED
+    labelled = (examples.targets != IGNORED).cpu()
     lengths = lengths_of(examples)
     counts = labelled.sum(1)
     ends = counts.cumsum(0)
@@ -93,9 +93,9 @@ def token_table(
         last[into] = found.last_hidden_state.float().cpu()[own]
         if place is not None:
             hidden[into] = found.hidden_states[place].float().cpu()[own]
-    documents = torch.arange(len(examples)).repeat_interleave(counts.cpu())
-    context = _context(examples.inputs.cpu(), n_context)[labelled.cpu()]
-    return TokenTable(hidden, last, context, examples.targets[labelled].cpu(), documents, len(examples))
+    documents = torch.arange(len(examples)).repeat_interleave(counts)
+    context = _context(examples.inputs.cpu(), n_context)[labelled]
+    return TokenTable(hidden, last, context, examples.targets.cpu()[labelled], documents, len(examples))
 
 
 def logits_of(model: LanguageModel, last: Tensor) -> Tensor:

@@ -5,8 +5,9 @@
     truth = bank.measure(random_subsets(n, 96, 0.3, seed=0), seeds=range(4)).last  # more: the new ones only
 
 A bank is a folder: copy it to share it, `merge` those of several machines. Its header says what it was made with; a
-bank of another recipe, other documents or other queries is refused. A model's numbers do not depend on which others
-were trained beside it, so a bank that grew equals one that was made at once, bit for bit on one machine.
+bank of another recipe, other documents or other queries is refused. A model is trained as if it were alone, so a bank
+that grew equals one that was made at once: bit for bit on one machine where documents are equally long, else up to
+rounding (a block's batches are as wide as its longest document).
 """
 
 import json

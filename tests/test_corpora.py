@@ -85,6 +85,13 @@ def test_a_word_longer_than_a_document_is_cut():
     assert len(kept) > 1 and "".join(kept) == "x" * 100
 
 
+def test_characters_of_several_tokens_are_not_cut_in_two():
+    text = "".join(chr(0x4E00 + 37 * i % 5000) for i in range(600))
+    tokenizer = bpe_tokenizer([STORY], vocabulary=300, length=16)  # which spells these byte by byte
+    kept, _ = cut_documents([text], tokenizer, CorpusSize(length=16, shortest=2))
+    assert "".join(kept) == text and max(len(tokenizer(part)["input_ids"]) for part in kept) <= 16
+
+
 def test_files_of_ones_own(tmp_path):
     path = tmp_path / "story.txt"
     path.write_text(STORY, encoding="utf-8")

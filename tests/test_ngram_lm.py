@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tda_core.examples import IGNORED, Examples
-from tda_core.ngram_lm import DISCOUNTS, NgramLM, ngram_controls
+from tda_core.ngram_lm import DISCOUNTS, NgramLM
 from tda_core.subsets import random_subsets
 
 V = 7
@@ -159,15 +159,6 @@ def test_scores_foretell_the_losses_of_subsets():
     predicted, losses = masks.float() @ model.scores(queries).T, model.losses(masks, queries)
     for q in range(len(queries)):
         assert float(torch.corrcoef(torch.stack([predicted[:, q], -losses[:, q]]))[0, 1]) > 0.6
-
-
-def test_controls_by_name():
-    found = ngram_controls(documents(4, seed=0), V, fraction=0.5)
-    assert {name: (lm.order, lm.fraction) for name, lm in found.items()} == {
-        "unigram_lm": (1, 0.5),
-        "bigram_lm": (2, 0.5),
-        "trigram_lm": (3, 0.5),
-    }
 
 
 def test_saved_and_loaded(tmp_path):

@@ -62,7 +62,9 @@ def test_a_training_can_begin_from_a_model_which_stays_as_it_is():
         assert torch.equal(value, before[name])
         torch.testing.assert_close(tuned.weights[name][0], value, rtol=0, atol=1e-6)
     with pytest.raises(ValueError, match="does not have the recipe's shape"):
-        LMTraining(replace(RECIPE, width=8), N_TOKENS, first).start(0)
+        LMTraining(RECIPE, N_TOKENS + 1, first).start(0)
+    with pytest.raises(ValueError, match="num_attention_heads = 2, but the recipe's models 4"):
+        LMTraining(replace(RECIPE, heads=4), N_TOKENS, first).start(0)
 
 
 def test_steps_come_one_by_one():
