@@ -44,7 +44,7 @@ def test_every_method_answers_all_test_queries(bench, name):
     assert found.build_seconds >= 0 and found.query_ms > 0
     assert found.setting in (map(str, method.settings) if len(method.settings) > 1 else [""])
     # a query may share no word with any document, and a Lasso may keep nothing for it
-    assert name == "length" or float(found.scores.std(1).max()) > 0
+    assert name == "length" or name.startswith("stride/") or float(found.scores.std(1).max()) > 0
 
 
 def test_settings_are_chosen_without_the_test_queries(bench):
