@@ -161,6 +161,16 @@ class LanguageModel:
         as_bytes = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
         return hash_of([*self.model.state_dict().values(), as_bytes])[:16]
 
+    def made_for(self, train: Examples) -> dict[str, str]:
+        """What a file of a method is checked by: this model and its training documents."""
+        return {"model": self.identity, "data": train.hash}
+
+    def check_made_for(self, path: object, saved: dict[str, str], train: Examples) -> None:
+        """Raise ValueError where a file was made for another model or other documents, naming both hashes."""
+        for name, own in self.made_for(train).items():
+            if saved.get(name) != own:
+                raise ValueError(f"{path} was made for {name} {saved.get(name)}, but this {name} is {own}")
+
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """The tokens of each text, none added."""
         with warnings.catch_warnings():  # texts longer than the window are dealt with where they are used

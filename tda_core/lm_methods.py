@@ -22,7 +22,7 @@ from tda_core.ngram_lm import NAMES, NgramLM
 from tda_core.problem import Problem
 from tda_core.recovery import Penalty
 from tda_core.stride import Recovery
-from tda_core.term_weights import fit_term_weights
+from tda_core.term_weights import TermWeights, fit_term_weights
 from tda_core.text_pairs import TextPairs
 from tda_core.token_closed_form import TokenClosedForm, TokenSettings, token_closed_form
 from tda_core.token_products import TokenProducts
@@ -35,12 +35,13 @@ DAMPINGS = (0.01, 0.1, 1.0, 10.0)
 LAST_LAYER = {"dot": "last_layer_dot", "adam_dot": "adam_dot"}
 # Shares of the depth whose states closed forms may stand on
 LAYERS = (0.5, 1.0)
-# Terms that they sum
-SUMMED = ("unigram", "bigram", "trigram", "related_bigram", "state")
+# Terms that they sum: those of counts, and those that look at the network
+COUNTED = ("unigram", "bigram", "trigram")
+SUMMED = (*COUNTED, "related_bigram", "state")
 
 
 def controls() -> dict[str, Method]:
-    """Chance, length, words, and n-gram models of the subsets."""
+    """Chance, length, words, and n-gram models of the subsets, whose predictions do not add up over documents."""
     searches = ((1.5, 0.75), (0.5, 0.75), (1.5, 0.0), (0.5, 0.0))
     return {
         "random": Method(lambda b: Answer(lambda q: random_scores(len(q), len(b.corpus.train), seed=0))),
@@ -52,6 +53,7 @@ def controls() -> dict[str, Method]:
             lambda b: text_similarity.embedding_similarity(b.model, b.corpus.train), texts=True
         ),
         **{name: Method(partial(_ngram_models, order=order)) for name, order in NAMES.items()},
+        "bigram_lm_additive": Method(_ngram_scores),
     }
 
 
@@ -120,32 +122,42 @@ def simulation() -> Method:
 
 
 def closed_forms(residuals: str = "counts") -> dict[str, Method]:
-    """Steering operators in closed form, their terms weighted by validation queries, and weighted alike.
+    """Steering operators in closed form, their terms weighted by validation queries, and weighted alike; and, as a
+    control, the terms that never look at the network.
 
     residuals: as in `TokenSettings`. The layer whose states count is chosen on validation queries too. The weights, one
     a term, are fitted to what the ground truth's subsets did to the validation queries.
     """
 
-    def share(bench: Subject) -> float:
-        return float(bench.masks.double().mean()) if isinstance(bench, LMBench) else 0.3
+    def form(bench: Subject, terms: tuple[str, ...], layer: float, residuals: str = residuals) -> TokenClosedForm:
+        options = {"share": share_of(bench), "layer": layer, "residuals": residuals}
+        settings = TokenSettings(terms, (1.0,) * len(terms), **options)
+        return _holding(token_closed_form(bench.model, bench.examples("train"), settings), "terms")
 
     def weighted(bench: LMBench, layer: float) -> TokenClosedForm:
-        options = {"share": share(bench), "layer": layer, "residuals": residuals}
-        settings = TokenSettings(SUMMED, (1.0,) * len(SUMMED), **options)
-        form = token_closed_form(bench.model, bench.examples("train"), settings)
-        terms = centred(form.term_scores(bench.examples("validation")), 1)
-        outcomes = centred(bench.validation.outcomes.mean(1))
-        return form.weighted(fit_term_weights(terms, bench.validation.masks, outcomes).values)
+        return weighted_terms(bench, form(bench, SUMMED, layer))[0]
 
-    def plain(bench: Subject) -> TokenClosedForm:
-        options = {"share": share(bench), "layer": LAYERS[0], "residuals": residuals}
-        settings = TokenSettings(SUMMED, (1.0,) * len(SUMMED), **options)
-        return _holding(token_closed_form(bench.model, bench.examples("train"), settings), "terms")
+    def without_network(bench: LMBench) -> TokenClosedForm:
+        return weighted_terms(bench, form(bench, COUNTED, LAYERS[0], "counts"))[0]
 
     return {
         "stride_closed_form/tuned": Method(unprepared, weighted, LAYERS),
-        "stride_closed_form/untuned": Method(plain),
+        "stride_closed_form/untuned": Method(lambda bench: form(bench, SUMMED, LAYERS[0])),
+        "no_network/tuned": Method(without_network),
     }
+
+
+def weighted_terms(bench: LMBench, form: TokenClosedForm) -> tuple[TokenClosedForm, TermWeights]:
+    """The form with weights fitted to the validation queries, centred, and what they were fitted by."""
+    terms = centred(form.term_scores(bench.examples("validation")), 1)
+    outcomes = centred(bench.validation.outcomes.mean(1))
+    found = fit_term_weights(terms, bench.validation.masks, outcomes)
+    return form.weighted(found.values), found
+
+
+def share_of(bench: Subject) -> float:
+    """The share of the documents in a subset of the ground truth, .3 where there is none."""
+    return float(bench.masks.double().mean()) if isinstance(bench, LMBench) else 0.3
 
 
 def probing() -> Method:
@@ -175,6 +187,12 @@ def cropped(model: LanguageModel, pairs: TextPairs, n_tokens: int | None) -> Tex
         before = before if len(prompt) <= room else decode(prompt[len(prompt) - room :])
         short.append((before, after if kept == len(response) else decode(response[:kept])))
     return TextPairs(*zip(*short, strict=True))
+
+
+def _ngram_scores(bench: LMBench) -> Answer:
+    """What each document does to a bigram model of the average subset: `bigram_lm`, if effects added up."""
+    model = NgramLM(bench.examples("train"), 2, len(bench.corpus.tokenizer), share_of(bench))
+    return Answer(lambda queries: model.scores(queries) / lengths(queries)[:, None])
 
 
 def _ngram_models(bench: LMBench, order: int) -> Answer:

@@ -1,6 +1,5 @@
 """Wall-clock measurements that compare implementations in one run, on one core."""
 
-import gc
 import importlib.util
 import resource
 import sys
@@ -152,7 +151,6 @@ def watched(function: Callable[[], Any]) -> Watched:
     to what was freed, so a call after a larger one may seem to take less than it would by itself.
     """
     reset = Path("/proc/self/clear_refs")
-    gc.collect()
     try:
         reset.write_text("5")  # the peak is what is resident from now on
         before = peak_memory()

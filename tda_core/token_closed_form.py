@@ -135,9 +135,7 @@ class TokenClosedForm:
         tensors, found = load_tensors(Path(path))
         if "token_closed_form" not in found:
             raise ValueError(f"{path} does not hold a closed form of tokens, but {sorted(found)}")
-        for name, own in (("model", model.identity), ("data", train.hash)):
-            if found["made_for"][name] != own:
-                raise ValueError(f"{path} was made for {name} {found['made_for'][name]}, but this {name} is {own}")
+        model.check_made_for(path, found["made_for"], train)
         given = found["token_closed_form"]
         settings = TokenSettings(**given | {name: tuple(given[name]) for name in ("terms", "weights")})
         return cls(model, TokenTable(**tensors, n_documents=found["n_documents"]), settings, train.hash)

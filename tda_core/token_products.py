@@ -114,7 +114,7 @@ class TokenProducts:
 
     def save(self, path: Path | str) -> None:
         """Write the settings, the kernel, and the hashes of model and data to one file."""
-        made_for = {"model": self.model.identity, "data": self.train.hash}
+        made_for = self.model.made_for(self.train)
         settings = {"reduction": self.reduction, "damping": self.damping}
         save_tensors(Path(path), {"kernel": self.kernel}, {"token_products": settings, "made_for": made_for})
 
@@ -124,9 +124,7 @@ class TokenProducts:
         tensors, found = load_tensors(Path(path))
         if "token_products" not in found:
             raise ValueError(f"{path} does not hold token products, but {sorted(found)}")
-        for name, own in (("model", model.identity), ("data", train.hash)):
-            if found["made_for"][name] != own:
-                raise ValueError(f"{path} was made for {name} {found['made_for'][name]}, but this {name} is {own}")
+        model.check_made_for(path, found["made_for"], train)
         loaded = cls(model, train, **found["token_products"])
         loaded.__dict__["kernel"] = tensors["kernel"]
         return loaded

@@ -126,7 +126,7 @@ class SimulatedHead:
         """Write basis, shares and settings, with the hashes of model and data, to one file."""
         tensors = {"basis": self.basis, "curvatures": self.curvatures, "shares": self.shares}
         settings = {"head_dynamics": asdict(self.dynamics), "scale": self.scale}
-        made_for = {"model": self.model.identity, "data": self.train.hash}
+        made_for = self.model.made_for(self.train)
         save_tensors(Path(path), tensors, settings | {"made_for": made_for})
 
     @classmethod
@@ -135,9 +135,7 @@ class SimulatedHead:
         tensors, found = load_tensors(Path(path))
         if "head_dynamics" not in found:
             raise ValueError(f"{path} does not hold a simulated head, but {sorted(found)}")
-        for name, own in (("model", model.identity), ("data", train.hash)):
-            if found["made_for"][name] != own:
-                raise ValueError(f"{path} was made for {name} {found['made_for'][name]}, but this {name} is {own}")
+        model.check_made_for(path, found["made_for"], train)
         return cls(model, train, HeadDynamics(**found["head_dynamics"]), scale=found["scale"], **tensors)
 
 

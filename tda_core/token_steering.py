@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tda_core.examples import Examples
 from tda_core.language import LanguageModel
+from tda_core.token_gradients import head_of
 from tda_core.token_table import TokenTable, token_table
 
 BASES = ("linear", "random", "whitened", "identity")
@@ -103,9 +104,8 @@ class Head:
 
     @classmethod
     def of(cls, model: LanguageModel) -> "Head":
-        head = model.model.get_output_embeddings()
-        bias = getattr(head, "bias", None)
-        return cls(head.weight.detach().float().T.contiguous(), None if bias is None else bias.detach().float())
+        weight, bias = head_of(model)
+        return cls(weight.float().T.contiguous(), None if bias is None else bias.float())
 
     @property
     def n_tokens(self) -> int:

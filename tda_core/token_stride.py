@@ -61,7 +61,7 @@ class TokenStride:
         if operators.common is not None:
             tensors["common"] = operators.common
         recovery = {**vars(self.recovery), "penalty": asdict(self.recovery.penalty)}
-        made_for = {"model": operators.model.identity, "documents": self.train}
+        made_for = {"model": operators.model.identity, "data": self.train}
         described = {"steering": asdict(operators.settings), "recovery": recovery, "made_for": made_for}
         save_tensors(path, tensors, {"kind": "TokenStride", **described})
 
@@ -71,10 +71,7 @@ class TokenStride:
         tensors, metadata = load_tensors(path)
         if metadata.get("kind") != "TokenStride":
             raise ValueError(f"{path} does not hold a TokenStride, but {sorted(metadata)}")
-        for name, found in (("model", model.identity), ("documents", train.hash)):
-            expected = metadata["made_for"][name]
-            if found != expected:
-                raise ValueError(f"{path} was made for {name} {expected}, but got {found}")
+        model.check_made_for(path, metadata["made_for"], train)
         recovery = Recovery(**{**metadata["recovery"], "penalty": Penalty(**metadata["recovery"]["penalty"])})
         settings, device = TokenSteering(**metadata["steering"]), model.device
         projection, matrices = tensors["projection"].to(device), tensors["matrices"].to(device)
@@ -83,7 +80,7 @@ class TokenStride:
         indices, indptr = tensors["indices"].numpy(), tensors["indptr"].numpy()
         ones = np.ones(len(indices), dtype=np.float32)
         membership = sparse.csc_array((ones, indices, indptr), shape=(len(matrices), len(train)))
-        return cls(membership, operators, recovery, tensors["losses"], metadata["made_for"]["documents"])
+        return cls(membership, operators, recovery, tensors["losses"], metadata["made_for"]["data"])
 
 
 def fit_token_stride(

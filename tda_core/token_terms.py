@@ -128,7 +128,8 @@ class Match:
 class Related:
     """Equal contexts, next tokens compared in the output embedding, centred at the text's mean: (V, d).
 
-    groups: of the training positions by context. spread: (d, d), the covariance of the embedding over the text.
+    groups: of the training positions by context. spread: (d, d), the covariance of the embedding over the text. Raises
+    ValueError where that is zero.
     """
 
     columns: tuple[int, ...]
@@ -143,8 +144,10 @@ class Related:
     def of(cls, train: Positions, columns: tuple[int, ...], embedding: Tensor, smoothing: Smoothing) -> "Related":
         keys, found = Keys.of(_columns(train.table, columns), len(embedding))
         own = embedding[train.table.targets]
-        mean = own.mean(0)
-        return cls(columns, keys, Groups.of(found), train, embedding - mean, torch.cov(own.T, correction=0), smoothing)
+        mean, spread = own.mean(0), torch.cov(own.T, correction=0)
+        if not float(spread.diagonal().mean()) > 0:
+            raise ValueError("related terms compare rows of the output embedding, which are all equal: untrained?")
+        return cls(columns, keys, Groups.of(found), train, embedding - mean, spread, smoothing)
 
     def scores(self, queries: Positions) -> Tensor:
         """(n_query, n_train)."""

@@ -219,3 +219,11 @@ def test_bad_settings_are_refused(changes, message):
 def test_a_layer_that_there_is_not_is_refused():
     with pytest.raises(ValueError, match=r"layer must lie in 0..2, or be a share of the depth, got 9"):
         token_closed_form(MODEL, TRAIN, replace(SETTINGS, layer=9))
+
+
+def test_an_output_embedding_of_equal_rows_has_nothing_to_relate():
+    silent = language_model(seed=5)
+    with torch.no_grad():
+        silent.model.get_output_embeddings().weight.zero_()
+    with pytest.raises(ValueError, match="rows of the output embedding, which are all equal: untrained"):
+        token_closed_form(silent, TRAIN, TokenSettings(("related_bigram",), (1.0,))).scores(QUERIES)

@@ -90,9 +90,9 @@ def test_saved_and_loaded(tmp_path, changes):
 def test_files_of_other_models_documents_and_kinds_are_refused(tmp_path):
     path, stride, other = tmp_path / "stride.safetensors", fitted(), language_model("llama", seed=1)
     stride.save(path)
-    with pytest.raises(ValueError, match=f"made for model {MODEL.identity}, but got {other.identity}"):
+    with pytest.raises(ValueError, match=f"made for model {MODEL.identity}, but this model is {other.identity}"):
         TokenStride.load(path, other, TRAIN)
-    with pytest.raises(ValueError, match=f"made for documents {TRAIN.hash}, but got {QUERIES.hash}"):
+    with pytest.raises(ValueError, match=f"made for data {TRAIN.hash}, but this data is {QUERIES.hash}"):
         TokenStride.load(path, MODEL, QUERIES)
     save_tensors(path, {"a": torch.ones(1)}, {"kind": "something"})
     with pytest.raises(ValueError, match="does not hold a TokenStride"):
