@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from tda_core.metrics import Array, Estimate, as_array, mean_estimate, percentile_interval, resample_counts
+from tda_core.estimates import Array, Estimate, as_array, mean_estimate, percentile_interval
+from tda_core.ranks import resample_counts
 
 
 def counterfactual_drop(reference: Array, removed: Array, *, n_bootstrap: int = 1000, seed: int = 0) -> Estimate:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tda_core.estimates import Estimate
 from tda_core.examples import hash_of
 from tda_core.lm_bench import LMBench, Subject
-from tda_core.metrics import Estimate
 from tda_core.speed import Watched, watched
 from tda_core.store import Store
 

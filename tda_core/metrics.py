@@ -9,28 +9,17 @@ A rank correlation with a constant side is undefined. Here it counts as 0: a met
 the subsets of a query explains nothing about it, and leaving such queries out would reward silence.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from tda_core.estimates import Array, Estimate, as_array, mean_estimate, percentile_interval
 from tda_core.ranks import check_positive, resample_counts, resampled_spearman, spearman_columns
-
-Array = np.ndarray  # or a torch.Tensor: every function converts by `as_array`
 
 
 class SignError(ValueError):
     """Scores whose sign is reversed: their proponents raise the loss."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A measured value, its 95% interval (None where none applies) and the number of units behind it."""
-
-    value: float
-    low: float | None
-    high: float | None
-    n: int
 
 
 @dataclass(frozen=True)
@@ -210,35 +199,6 @@ def percent_of_ceiling(estimate: Estimate, ceiling: Ceiling) -> Estimate:
         raise ValueError(f"the ceiling must be positive, got {top}: the ground truth holds noise only")
     scaled = [None if value is None else 100 * value / top for value in (estimate.value, estimate.low, estimate.high)]
     return Estimate(*scaled, n=estimate.n)
-
-
-def mean_estimate(
-    values: Array, *, transform: Callable | None = None, n_bootstrap: int = 1000, seed: int = 0
-) -> Estimate:
-    """Mean of one value a query, with a 95% bootstrap interval over queries; `transform` acts on the means."""
-    values = as_array(values, "values", 1)
-    counts = resample_counts(len(values), n_bootstrap, np.random.default_rng(seed))
-    means, value = values @ counts / len(values), values.mean()
-    if transform is not None:
-        means, value = transform(means), transform(value)
-    return Estimate(float(value), *percentile_interval(means), n=len(values))
-
-
-def percentile_interval(replicates: np.ndarray) -> tuple[float, float]:
-    """The central 95% of bootstrap replicates."""
-    low, high = np.percentile(replicates, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def as_array(value: Array, name: str, ndim: int) -> np.ndarray:
-    """A finite, non-empty float64 array with `ndim` dimensions, or ValueError naming what is wrong and where."""
-    array = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value).astype(np.float64)
-    if array.ndim != ndim or array.size == 0:
-        raise ValueError(f"{name} must be a non-empty array with {ndim} dimensions, got shape {array.shape}")
-    if not np.isfinite(array).all():
-        bad = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
-        raise ValueError(f"{name} must be finite, but {name}[{', '.join(map(str, bad))}] is {array[bad]}")
-    return array
 
 
 def _predictions_and_outcomes(scores: Array, masks: Array, outcomes: Array) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 from scipy.stats import rankdata
 
-from tda_core.metrics import Estimate, as_array, percentile_interval
+from tda_core.estimates import Estimate, as_array, percentile_interval
 from tda_core.ranks import check_positive, resample_counts, resampled_spearman
 
 Array = np.ndarray  # or a torch.Tensor

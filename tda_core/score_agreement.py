@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tda_core.metrics import Estimate, as_array, percentile_interval
+from tda_core.estimates import Estimate, as_array, percentile_interval
 from tda_core.partial import bootstrap, spearman
 from tda_core.ranks import check_positive, resample_counts
 
