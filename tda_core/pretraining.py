@@ -42,12 +42,19 @@ EVALUATED = 2**15
 class LMTraining:
     """What models are trained by: a recipe, the vocabulary's size, and a model to start from (None: from scratch).
 
-    The initial model is one of the recipe's shape; it is left as it is.
+    The initial model is one of the recipe's shape; it is left as it is. device: "cpu", "cuda", ...; default a GPU if
+    there is one. Numbers of different devices agree up to rounding.
     """
 
     recipe: LMRecipe
     n_tokens: int
     initial: PreTrainedModel | None = None
+    device: str | None = None
+
+    @property
+    def place(self) -> torch.device:
+        """Where models are trained."""
+        return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -78,11 +85,11 @@ def pretrain_loop(training: LMTraining, examples: Examples, mask: Tensor, seed: 
     """
     _check(training, examples, mask[None], [seed])
     recipe = training.recipe
-    model = training.start(seed).train()
+    model = training.start(seed).to(training.place).train()
     optimiser = torch.optim.AdamW(recipe.groups(model.named_parameters()), lr=recipe.learning_rate, betas=BETAS)
     for step, rows in enumerate(visits(recipe, mask, seed)):
         recipe.set_rates(optimiser, step)
-        inputs, targets = _batch(examples, rows)
+        inputs, targets = _batch(examples, rows, training.place)
         logits = model(input_ids=inputs, use_cache=False).logits
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
         optimiser.zero_grad()
@@ -109,7 +116,7 @@ def pretrain_steps(
     """`pretrain_many` step by step: how many steps were taken, and the models so far (which the next step changes)."""
     seeds = _check(training, examples, masks, seeds)
     recipe = training.recipe
-    ensemble = Ensemble.of(recipe, [training.start(seed) for seed in seeds])
+    ensemble = Ensemble.of(recipe, [training.start(seed) for seed in seeds], training.place)
     weights = [value.requires_grad_(True) for value in ensemble.weights.values()]
     groups = recipe.groups(ensemble.weights.items())
     optimiser = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=BETAS, fused=True)
@@ -117,7 +124,7 @@ def pretrain_steps(
     for step, rows in enumerate(orders):
         recipe.set_rates(optimiser, step)
         optimiser.zero_grad()
-        ensemble.loss(*_batch(examples, rows)).sum().backward()
+        ensemble.loss(*_batch(examples, rows, training.place)).sum().backward()
         _clip_each(weights)
         optimiser.step()
         yield step + 1, ensemble
@@ -127,7 +134,7 @@ def pretrain_steps(
 
 
 def evaluate(ensemble: Ensemble, examples: Examples | Sequence[Examples]) -> Tensor:
-    """Mean loss of each example's labelled tokens under every model, in nats: (M, q).
+    """Mean loss of each example's labelled tokens under every model, in nats: (M, q), on the CPU.
 
     examples: the same for all models, or as many for each model. FloatingPointError for a loss that is not finite.
     """
@@ -140,7 +147,7 @@ def evaluate(ensemble: Ensemble, examples: Examples | Sequence[Examples]) -> Ten
     size = max(1, EVALUATED // (inputs.shape[2] * len(ensemble)))
     shape = (len(ensemble), -1, -1)
     parts = [
-        ensemble.token_losses(some.expand(*shape), labels.expand(*shape)).sum(2)
+        ensemble.token_losses(*(x.expand(*shape).to(ensemble.device) for x in (some, labels))).sum(2).cpu()
         for some, labels in zip(inputs.split(size, 1), targets.split(size, 1), strict=True)
     ]
     found = torch.cat(parts, 1) / (targets != IGNORED).sum(2)
@@ -162,11 +169,11 @@ def visits(recipe: LMRecipe, mask: Tensor, seed: int) -> Tensor:
     return orders[mask[orders]][:total].view(recipe.steps, recipe.batch_size)
 
 
-def _batch(examples: Examples, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens and targets of these documents (..., T), cut where the longest of them ends."""
+def _batch(examples: Examples, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Tokens and targets of these documents (..., T) on a device, cut where the longest of them ends."""
     targets = examples.targets[rows]
     longest = int(lengths_of(examples)[rows].max()) if targets.shape[-1] > 1 else 1
-    return examples.inputs[rows][..., :longest], targets[..., :longest]
+    return examples.inputs[rows][..., :longest].to(device), targets[..., :longest].to(device)
 
 
 def _clip_each(weights: Sequence[Tensor]) -> None:

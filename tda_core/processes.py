@@ -6,7 +6,7 @@ Each process calls the same function and works on its share; what they found is 
 process nothing is split, so the same script runs anywhere.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tda_core.examples import Examples
 from tda_core.language import LanguageModel
+from tda_core.truth_bank import Measured, TruthBank
 
 
 class Scorer(Protocol):
@@ -39,6 +40,20 @@ def rows_by_process(compute: Callable[[Tensor], Tensor], n: int) -> Tensor:
         if found is not None and len(found) != k:
             raise ValueError(f"process {process} was asked for {k} rows and computed {len(found)}")
     return torch.cat([found for _, found in shares if found is not None])
+
+
+def measured_by_process(bank: TruthBank, masks: Tensor, seeds: Sequence[int]) -> Measured:
+    """`TruthBank.measure`, each process training some of the subsets on its own device; all get everything.
+
+    The bank's folder must be one that all processes see.
+    """
+    accelerator = Accelerator()
+    own = replace(bank, training=replace(bank.training, device=str(accelerator.device)))
+    with accelerator.split_between_processes(list(range(len(masks)))) as share:
+        if share:
+            own.measure(masks[share], seeds, n_jobs=1, progress=accelerator.is_main_process)
+    accelerator.wait_for_everyone()
+    return bank.measure(masks, seeds, progress=False)  # which all of them left there
 
 
 def losses_by_process(model: LanguageModel, examples: Examples) -> Tensor:

@@ -42,7 +42,8 @@ OWN = 128
 class Measured:
     """Ground truths at each checkpoint and at the end, in order of steps, and what the models cost.
 
-    own: (k, m, s) mean loss of documents that a model was trained on, nats a token. seconds: (m, s) of CPU time.
+    own: (k, m, s) mean loss of documents that a model was trained on, nats a token. seconds: (m, s) of CPU time, or of
+    a GPU's.
     """
 
     steps: tuple[int, ...]
@@ -106,7 +107,8 @@ class TruthBank:
         """The losses of every subset and seed: those that the bank has, and the others trained, a block at a time.
 
         masks: (m, n) bool, equally large subsets. n_jobs: processes (joblib: under `parallel_config(backend="dask")`
-        blocks go to a cluster). Raises ValueError for bad masks and repeated seeds.
+        blocks go to a cluster); on a GPU blocks follow each other, and `measured_by_process` takes several. Raises
+        ValueError for bad masks and repeated seeds.
         """
         if not len(seeds) or len(set(seeds)) != len(seeds):
             raise ValueError(f"seeds must be distinct and at least one, got {list(seeds)}")
@@ -160,7 +162,8 @@ class TruthBank:
             rows, seeds = zip(*block, strict=True)
             return joblib.delayed(train_block)(self, masks[list(rows)], seeds)
 
-        parallel = joblib.Parallel(n_jobs=n_jobs if len(blocks) > 1 else 1, return_as="generator")
+        alone = len(blocks) < 2 or self.training.place.type != "cpu"
+        parallel = joblib.Parallel(n_jobs=1 if alone else n_jobs, return_as="generator")
         yield from zip(blocks, parallel(map(job, blocks)), strict=True)
 
     def _gather(self, masks: Tensor, seeds: Sequence[int], found: dict[tuple[int, int], dict]) -> Measured:
@@ -176,14 +179,15 @@ class TruthBank:
 def train_block(bank: TruthBank, masks: Tensor, seeds: Sequence[int]) -> list[dict[str, Tensor]]:
     """Train the models of (B, n) masks and B seeds side by side; what the bank keeps of each."""
     with one_thread():
-        started = time.process_time()
+        clock = time.process_time if bank.training.place.type == "cpu" else time.perf_counter
+        started = clock()
         own = [bank.examples[mask.nonzero()[:OWN, 0]] for mask in masks]
         measured: dict[str, list[Tensor]] = {"losses": [], "own": []}
         for step, ensemble in pretrain_steps(bank.training, bank.examples, masks, seeds):
             if step in bank.steps:
                 measured["losses"].append(evaluate(ensemble, bank.queries))
                 measured["own"].append(evaluate(ensemble, own).mean(1))
-        seconds = torch.tensor((time.process_time() - started) / len(masks), dtype=torch.float64)
+        seconds = torch.tensor((clock() - started) / len(masks), dtype=torch.float64)
         stacked = {name: torch.stack(values, 1) for name, values in measured.items()}
         return [
             {name: value[i].clone() for name, value in stacked.items()} | {"seconds": seconds}

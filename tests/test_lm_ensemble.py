@@ -5,7 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from tda_core.examples import IGNORED
-from tda_core.lm_ensemble import HELD_LOGITS, Ensemble
+from tda_core.lm_ensemble import Ensemble
+from tda_core.lm_fused import HELD_LOGITS, HeadLoss, RMSNorm, Rotated
 from tda_core.lm_recipes import LMRecipe
 
 N_TOKENS = 40
@@ -34,7 +35,7 @@ def batch(n=3, b=4, t=12, seed=1):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_losses_and_gradients_are_those_of_transformers(architecture, tied, monkeypatch):
-    monkeypatch.setattr("tda_core.lm_ensemble.HELD_LOGITS", 7 * N_TOKENS)  # several pieces, the last one shorter
+    monkeypatch.setitem(HELD_LOGITS, "cpu", 7 * N_TOKENS)  # several pieces, the last one shorter
     recipe, made = models(architecture, tied)
     ensemble = Ensemble.of(recipe, made)
     for value in ensemble.weights.values():
@@ -63,13 +64,49 @@ def test_token_losses_are_those_of_transformers_and_zero_without_a_label(archite
         torch.testing.assert_close(found[i].flatten(), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("step", ["head", "norm", "rotation"])
+def test_steps_in_one_have_the_gradients_of_their_values(step):
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_(True)
+
+    if step == "head":
+        targets = torch.tensor([[1, 4, IGNORED, 0], [2, 2, 3, IGNORED]])
+        assert torch.autograd.gradcheck(lambda h, w: HeadLoss.apply(h, w, targets), (normal(2, 4, 3), normal(2, 5, 3)))
+    elif step == "norm":
+        states, weight = normal(2, 4, 6), normal(2, 6)
+        assert torch.autograd.gradcheck(lambda h, w: RMSNorm.apply(h, w, 1e-6), (states, weight))
+        expected = F.rms_norm(states, (6,), eps=1e-6) * weight[:, None]
+        torch.testing.assert_close(RMSNorm.apply(states, weight, 1e-6), expected, rtol=1e-10, atol=1e-12)
+    else:
+        qkv, angle = normal(2, 3, 3, 2, 4), normal(3, 2).detach()
+        turned = Rotated.apply(qkv, angle.cos(), angle.sin())
+        assert torch.autograd.gradcheck(lambda x: Rotated.apply(x, angle.cos(), angle.sin()), (qkv,))
+        torch.testing.assert_close(turned.norm(dim=-1), qkv.norm(dim=-1))
+        assert torch.equal(turned[:, :, 2], qkv[:, :, 2]), "values stay"
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_everything_is_made_on_the_device_of_the_weights(architecture):
+    recipe, made = models(architecture)
+    ensemble = Ensemble.of(recipe, made, "meta")  # a device that computes nothing, and refuses tensors of another
+    assert ensemble.device.type == "meta"
+    for value in ensemble.weights.values():
+        value.requires_grad_(True)
+    tokens, targets = (x.to("meta") for x in batch())
+    ensemble.loss(tokens, targets).sum().backward()
+    assert all(value.grad.device.type == "meta" for value in ensemble.weights.values())
+    assert ensemble.token_losses(tokens, targets).device.type == "meta"
+
+
 def test_batches_shared_by_all_models_are_those_given_to_each():
     recipe, made = models()
     ensemble = Ensemble.of(recipe, made)
     tokens, targets = batch()
     shared = ensemble.token_losses(tokens[0], targets[0])
     each = ensemble.token_losses(tokens[:1].expand(3, -1, -1), targets[:1].expand(3, -1, -1))
-    assert torch.equal(shared, each) and HELD_LOGITS >= 2048
+    assert torch.equal(shared, each)
 
 
 def test_weights_go_back_into_a_transformers_model_bit_for_bit():

@@ -8,8 +8,12 @@ from accelerate import debug_launcher
 from accelerate.state import AcceleratorState, PartialState
 from language_toys import VOCABULARY, language_model, text_pairs
 
+from tda_core.lm_recipes import LMRecipe
 from tda_core.ngram_lm import NgramLM
-from tda_core.processes import losses_by_process, rows_by_process, scores_by_process
+from tda_core.pretraining import LMTraining
+from tda_core.processes import losses_by_process, measured_by_process, rows_by_process, scores_by_process
+from tda_core.subsets import random_subsets
+from tda_core.truth_bank import TruthBank
 
 N = 7  # which two processes cannot share equally
 
@@ -44,6 +48,24 @@ def work(folder):
     torch.save(found, folder / f"{PartialState().process_index}.pt")
 
 
+def bank_in(folder):
+    model = language_model()
+    documents, queries = (model.examples(text_pairs(n, seed=n, response=(3, 9))) for n in (10, 4))
+    recipe = LMRecipe(width=8, layers=1, heads=2, steps=6, batch_size=2, length=64)
+    return TruthBank(folder, LMTraining(recipe, VOCABULARY), documents, queries), random_subsets(10, 3, 0.5, seed=0)
+
+
+def measures(folder):
+    """A ground truth in a shared folder: which of its models this process trained, and what it got."""
+    torch.set_num_threads(1)
+    bank, masks = bank_in(folder / "bank")
+    trained = []
+    own = TruthBank._train
+    TruthBank._train = lambda self, some, missing, n_jobs: trained.extend(missing) or own(self, some, missing, n_jobs)
+    losses = measured_by_process(bank, masks, [0, 1]).last.losses
+    torch.save((len(trained), losses), folder / f"{PartialState().process_index}.pt")
+
+
 def fails(folder):
     torch.set_num_threads(1)
     with pytest.raises(ValueError, match="process 1 was asked for 3 rows and computed 2"):
@@ -66,6 +88,15 @@ def test_two_processes_give_what_one_gives(tmp_path):
     for name, value in expected.items():
         assert torch.equal(first[name], second[name]), "all processes have all of it"
         torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_two_processes_share_a_ground_truth(tmp_path):
+    debug_launcher(measures, (tmp_path,), num_processes=2)
+    (first, one), (second, two) = (torch.load(tmp_path / f"{i}.pt") for i in range(2))
+    assert (first, second) == (4, 2), "3 subsets of 2 seeds each: two subsets and one, none of them twice"
+    bank, masks = bank_in(tmp_path / "alone")
+    assert torch.equal(one, two)
+    torch.testing.assert_close(one, bank.measure(masks, [0, 1], n_jobs=1).last.losses, rtol=1e-4, atol=1e-5)
 
 
 def test_a_share_of_another_length_is_refused_by_all(tmp_path):
