@@ -1,14 +1,17 @@
 """The methods of the language-model tables: each answers, is chosen on validation queries alone, and is timed."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from language_toys import language_model
 
 from tda_core import lm_methods
 from tda_core.corpora import CorpusSize, load_corpus
+from tda_core.language import LanguageModel
 from tda_core.lm_bench import LMBench, LMGoal, Subject, bank_of, build_bench
 from tda_core.lm_judging import Answer, Method, costs, judge
-from tda_core.lm_methods import cropped, lengths
+from tda_core.lm_methods import cropped, lengths, share_of, weighted_terms
 from tda_core.lm_recipes import LMRecipe
 from tda_core.store import Store
 from tda_core.text_pairs import TextPairs
@@ -81,11 +84,83 @@ def test_a_stopped_table_goes_on_where_it_stopped(bench, tmp_path):
 def test_costs_need_no_ground_truth():
     corpus = load_corpus("help_topics", CorpusSize(12, 2, 3, 24, 300, 4))
     recipe = LMRecipe(width=8, layers=1, heads=2, length=24)
-    from tda_core.language import LanguageModel
-
     subject = Subject(corpus, LanguageModel(recipe.untrained(300, seed=0), corpus.tokenizer))
     build, query, _ = costs(subject, METHODS["adam_dot"])
     assert build >= 0 and query > 0
+
+
+def gradients(bench, part):
+    """Gradients of each document's summed loss by the layers that the methods take, by autograd alone: (n, p)."""
+    model, examples = bench.model.model, bench.examples(part)
+    chosen = [value for name, value in model.named_parameters() if "mlp" in name]
+    rows = []
+    for tokens, targets in zip(examples.inputs, examples.targets, strict=True):
+        logits = model(input_ids=tokens[None], use_cache=False).logits[0]
+        loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum", ignore_index=-100)
+        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, chosen)]))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("name", ["gradient_dot", "gradient_cosine"])
+def test_products_are_of_documents_sums_and_queries_means(bench, name):
+    own, goals = (gradients(bench, part) for part in ("train", "test"))
+    expected = goals @ own.T / lengths(bench.examples("test"))[:, None]
+    if name == "gradient_cosine":
+        expected = torch.nn.functional.cosine_similarity(goals[:, None], own[None], dim=2)
+    method = METHODS[name]
+    found = method.finish(method.prepare(bench), None).scores(bench.examples("test"))
+    torch.testing.assert_close(found.to(expected), expected, rtol=1e-3, atol=float(expected.abs().max()) * 1e-4)
+
+
+@pytest.mark.parametrize("name", ["adam_dot", "last_layer/tuned", "logra/tuned"])
+def test_scores_of_a_query_are_of_its_mean_loss(bench, name):
+    """Times its number of labels they add up over its labels."""
+    method = METHODS[name]
+    answer = method.finish(method.prepare(bench), method.settings[0])
+    queries = bench.examples("test")
+    summed = answer.scores(queries) * lengths(queries)[:, None]
+    parts = []
+    for odd in (0, 1):
+        targets = queries.targets.clone()
+        targets[:, odd::2] = -100
+        some = replace(queries, targets=targets)
+        parts.append(answer.scores(some) * lengths(some)[:, None])
+    torch.testing.assert_close(sum(parts), summed, rtol=1e-3, atol=float(summed.abs().max()) * 1e-4)
+
+
+def test_what_is_recovered_is_of_the_mean_loss(bench):
+    method, queries = METHODS["stride/tuned"], bench.examples("test")
+    stride = method.prepare(bench)
+    found = method.finish(stride, method.settings[0]).scores(queries)
+    summed = stride.recovering(method.settings[0]).scores(queries)
+    torch.testing.assert_close(found * lengths(queries)[:, None], summed)
+    assert float(summed.abs().max()) > 0
+
+
+def test_the_control_without_a_network_never_looks_at_one(bench):
+    other = replace(bench, model=LanguageModel(GOAL.recipe.untrained(300, seed=5), bench.model.tokenizer))
+    found = {}
+    for name in ("no_network/tuned", "stride_closed_form/tuned"):
+        method = METHODS[name]
+        scores = [
+            method.finish(method.prepare(b), method.settings[0]).scores(b.examples("test")) for b in (bench, other)
+        ]
+        found[name] = torch.equal(*scores)
+    assert found == {"no_network/tuned": True, "stride_closed_form/tuned": False}
+
+
+def test_shares_are_those_of_the_ground_truth(bench):
+    assert share_of(bench) == pytest.approx(float(bench.masks.sum(1)[0]) / 30)
+    assert share_of(Subject(bench.corpus, bench.model)) == 0.3
+
+
+def test_weights_of_terms_are_fitted_to_validation_queries_alone(bench):
+    form = METHODS["stride_closed_form/untuned"].prepare(bench)
+    before = weighted_terms(bench, form)[1].values.clone()
+    flipped = replace(bench, test=replace(bench.test, losses=-bench.test.losses))
+    assert torch.equal(weighted_terms(flipped, form)[1].values, before)
+    flipped = replace(bench, validation=replace(bench.validation, losses=-bench.validation.losses))
+    assert not torch.equal(weighted_terms(flipped, form)[1].values, before)
 
 
 def test_n_gram_models_predict_mean_losses(bench):

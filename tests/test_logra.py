@@ -72,6 +72,12 @@ def test_cores_are_projections_of_the_whole_gradients(kind, projection):
     assert start == found.shape[1] == made.solved.shape[1]
 
 
+def test_directions_are_those_of_what_lies_before_the_last_label():
+    value = torch.arange(24.0).view(2, 4, 3)
+    rows = logra._read(value, torch.tensor([1, 3]))
+    assert torch.equal(rows, torch.cat([value[0, :1], value[1, :3]]).double())
+
+
 def test_principal_directions_keep_more_than_any_others():
     problem, queries = in_float64("llama")
     exact = dense(problem, queries, 0.1).flatten()

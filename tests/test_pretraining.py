@@ -8,7 +8,15 @@ import torch
 from tda_core.examples import IGNORED, Examples
 from tda_core.lm_ensemble import Ensemble
 from tda_core.lm_recipes import LMRecipe
-from tda_core.pretraining import LMTraining, evaluate, pretrain_loop, pretrain_many, pretrain_steps, visits
+from tda_core.pretraining import (
+    LMTraining,
+    _clip_each,
+    evaluate,
+    pretrain_loop,
+    pretrain_many,
+    pretrain_steps,
+    visits,
+)
 from tda_core.subsets import random_subsets
 
 N, T, N_TOKENS = 20, 10, 30
@@ -43,6 +51,39 @@ def test_what_a_model_becomes_does_not_depend_on_those_beside_it():
     alone = pretrain_many(training, data, masks[2:3], [1])
     for name, value in together.weights.items():
         assert torch.equal(value[2], alone.weights[name][0])
+
+
+def test_each_models_gradient_is_cut_to_its_own_norm():
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.zeros(2, 3, requires_grad=True), torch.zeros(2, 4, 5, requires_grad=True)]
+    for value in weights:  # the first model's is long, the second's is short
+        value.grad = torch.randn(value.shape, generator=generator) * torch.tensor([9, 1e-3]).view(
+            2, *(1,) * (value.ndim - 1)
+        )
+    expected = []
+    for i in range(2):
+        alone = [value.detach()[i].clone().requires_grad_(True) for value in weights]
+        for one, value in zip(alone, weights, strict=True):
+            one.grad = value.grad[i].clone()
+        torch.nn.utils.clip_grad_norm_(alone, 1.0)
+        expected.append([one.grad for one in alone])
+    _clip_each(weights)
+    for i, value in enumerate(zip(*expected, strict=True)):
+        torch.testing.assert_close(weights[i].grad, torch.stack(value))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_embeddings_have_a_rate_and_vectors_no_decay(architecture):
+    recipe = replace(RECIPE, architecture=architecture, tied=False, embedding_rate=5.0, weight_decay=0.2, steps=40)
+    named = dict(recipe.untrained(N_TOKENS, seed=0).named_parameters())
+    optimiser = torch.optim.AdamW(recipe.groups(named.items()), lr=recipe.learning_rate)
+    recipe.set_rates(optimiser, 2)  # the first twentieth is over: the highest rate
+    found = {id(p): (g["lr"], g["weight_decay"]) for g in optimiser.param_groups for p in g["params"]}
+    assert len(found) == len(named)
+    for name, value in named.items():
+        ends = any(part in name for part in ("embed_tokens", "wte", "wpe", "lm_head"))
+        expected = (recipe.learning_rate * (5 if ends else 1), 0.2 if value.ndim > 1 else 0.0)
+        assert found[id(value)] == pytest.approx(expected), name
 
 
 def test_training_lowers_the_loss_of_its_documents_and_not_of_others():

@@ -2,17 +2,22 @@
 
 import importlib.util
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from toys import labelled, random_problem
 
-from tda_core import speed
+from tda_core import pretraining_speed, speed
 from tda_core.dynamics import Dynamics
 from tda_core.examples import Examples
+from tda_core.lm_recipes import LMRecipe
+from tda_core.pretraining import LMTraining
+from tda_core.pretraining_speed import pretraining_rates
 from tda_core.recipes import Recipe
 from tda_core.simulation import simulate
-from tda_core.speed import ForwardPass, Readout, peak_memory, query_costs
+from tda_core.speed import ForwardPass, Readout, peak_memory, query_costs, watched
+from tda_core.subsets import random_subsets
 
 
 def test_seconds_takes_the_shortest():
@@ -54,6 +59,29 @@ def test_peak_memory_grows_with_what_is_held():
     assert 10e6 < before < 1e12
     held = torch.ones(max(40_000_000, before // 4))  # as much as there was before, or more
     assert peak_memory() >= held.nbytes
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are reset on Linux alone")
+def test_watched_memory_is_what_a_call_takes_above_what_there_was():
+    held = torch.ones(50_000_000)  # 200 MB that are there before
+    took = watched(lambda: torch.ones(25_000_000).sum())
+    assert took.megabytes is not None and 90 < took.megabytes < 180, held.nbytes
+    assert float(took.value) == 25_000_000 and took.cpu > 0 and took.wall > 0
+
+
+def test_rates_of_pretraining_are_of_models(monkeypatch):
+    """Both kinds take a second here: eight models at once are eight times the rate of one."""
+    calls = []
+    monkeypatch.setattr(pretraining_speed, "pretrain_many", lambda *a: calls.append(("many", a)))
+    monkeypatch.setattr(pretraining_speed, "pretrain_loop", lambda *a: calls.append(("loop", a)))
+    monkeypatch.setattr(pretraining_speed, "seconds", lambda function, n: function() or 1.0)
+    training = LMTraining(LMRecipe(width=8, layers=1, heads=2, steps=36), 10)
+    data = Examples(torch.ones(6, 4).long(), torch.ones(6, 4).long())
+    masks = random_subsets(6, 10, 0.5, seed=0)
+    assert pretraining_rates(training, data, masks) == {"ensemble": 8 / 3, "loop": 1 / 3}
+    (_, many), (_, loop) = calls
+    assert many[0].recipe.steps == loop[0].recipe.steps == 12 and torch.equal(many[2], masks[:8])
+    assert torch.equal(loop[2], masks[0])
 
 
 class Slow:

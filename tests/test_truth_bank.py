@@ -10,6 +10,7 @@ from test_pretraining import N_TOKENS, RECIPE, N, documents
 
 from tda_core import truth_bank
 from tda_core.pretraining import LMTraining, evaluate, pretrain_many
+from tda_core.store import CorruptFile
 from tda_core.subsets import random_subsets
 from tda_core.truth_bank import HEADER, TruthBank
 
@@ -91,6 +92,17 @@ def test_banks_merge(tmp_path, trained):
     assert trained == []
     with pytest.raises(ValueError, match="holds no bank"):
         both.merge(tmp_path)
+
+
+def test_a_damaged_model_of_another_bank_is_not_merged(tmp_path, trained):
+    other = bank(tmp_path / "other")
+    measure(other, MASKS[:1], (0,))
+    path = other.path(MASKS[0], 0)
+    path.write_bytes(path.read_bytes()[:-10])
+    own = bank(tmp_path / "own")
+    with pytest.raises(CorruptFile):
+        own.merge(other.folder)
+    assert own.n_models == 0
 
 
 def test_a_copied_bank_is_the_same_bank(tmp_path, trained):
