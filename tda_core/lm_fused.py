@@ -11,10 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tda_core.examples import IGNORED
-
-# Logits that are computed at a time. On the CPU 1 MB: they stay in the cache between softmax and products. A GPU wants
-# few and large products (256 MB).
-HELD_LOGITS = {"cpu": 2**18, "cuda": 2**26}
+from tda_core.memory import cached_logits
 
 
 def embed(table: Tensor, tokens: Tensor) -> Tensor:
@@ -26,7 +23,7 @@ def embed(table: Tensor, tokens: Tensor) -> Tensor:
 
 def pieces(states: Tensor, n_tokens: int):
     """Models and runs of positions whose logits are held at a time."""
-    size = max(1, HELD_LOGITS.get(states.device.type, HELD_LOGITS["cpu"]) // n_tokens)
+    size = max(1, cached_logits(states.device) // n_tokens)
     for i in range(len(states)):
         for start in range(0, states.shape[1], size):
             yield i, slice(start, start + size)

@@ -1,6 +1,7 @@
 """Every method of the language-model tables by its name, with the settings that validation queries choose among."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -90,23 +91,31 @@ def steering_methods(n_operators: int, degree: int, rank: int, steps: int) -> di
 
     n_operators: K. degree: subsets that each document joins. rank: of the tuned operators. They take one step from zero
     on all documents of all subsets, which on validation queries of another split was better than more steps on drawn
-    documents; those as published take `steps` of these.
+    documents; those as published take `steps` of these. "first_order" measures the same operators by their slopes.
     """
 
-    def prepare(steering: TokenSteering, bench: Subject) -> TokenStride:
+    def prepare(bench: Subject, steering: TokenSteering, **measured: bool) -> tuple[TokenStride, dict[str, Tensor]]:
         membership = balanced(len(bench.corpus.train), n_operators, degree, seed=0)
-        return fit_token_stride(bench.model, bench.examples("train"), membership, steering)
+        stride = fit_token_stride(bench.model, bench.examples("train"), membership, steering)
+        return replace(stride, **measured), {}
 
-    def finish(stride: TokenStride, recovery: Recovery) -> Answer:
-        recovering = stride.recovering(recovery)
-        return Answer(lambda queries: recovering.scores(queries) / lengths(queries)[:, None])
+    def finish(prepared: tuple[TokenStride, dict[str, Tensor]], recovery: Recovery) -> Answer:
+        stride, known = prepared
+
+        def scores(queries: Examples) -> Tensor:
+            if queries.hash not in known:  # measured once for all recoveries
+                known[queries.hash] = stride.measurements(queries)
+            return recovery(stride.membership, known[queries.hash]).weights / lengths(queries)[:, None]
+
+        return Answer(scores)
 
     shares = {Penalty(intercept=True): (0.03, 0.1, 0.3), Penalty(nonnegative=True): (0.003, 0.01, 0.03, 0.1)}
     recoveries = [Recovery(lam, penalty, tolerance=1e-3) for penalty, lams in shares.items() for lam in lams]
     tuned, published = TokenSteering(rank=rank), PUBLISHED.but(steps=steps, rate=0.005, full_start=False)
     return {
-        "stride/untuned": Method(partial(prepare, published), finish, [Recovery("universal")]),
-        "stride/tuned": Method(partial(prepare, tuned), finish, recoveries),
+        "stride/untuned": Method(partial(prepare, steering=published), finish, [Recovery("universal")]),
+        "stride/tuned": Method(partial(prepare, steering=tuned), finish, recoveries),
+        "stride_first_order/tuned": Method(partial(prepare, steering=tuned, first_order=True), finish, recoveries),
     }
 
 

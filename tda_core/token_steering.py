@@ -11,7 +11,6 @@ where an operator is zero, and for any operator once all tokens are among the re
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,7 +19,8 @@ from torch import Tensor
 
 from tda_core.examples import Examples
 from tda_core.language import LanguageModel
-from tda_core.token_gradients import head_of
+from tda_core.memory import cached_logits
+from tda_core.token_blocks import Head, Source
 from tda_core.token_table import TokenTable, token_table
 
 BASES = ("linear", "random", "whitened", "identity")
@@ -96,111 +96,6 @@ PUBLISHED = TokenSteering(layer=0.6, basis="linear", rank=16, linearity=1.0, sec
 
 
 @dataclass(frozen=True, eq=False)
-class Head:
-    """The frozen output embedding. weight: (D, V). bias: (V,) or None. Logits are last @ weight + bias."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    @classmethod
-    def of(cls, model: LanguageModel) -> "Head":
-        weight, bias = head_of(model)
-        return cls(weight.float().T.contiguous(), None if bias is None else bias.float())
-
-    @property
-    def n_tokens(self) -> int:
-        return self.weight.shape[1]
-
-    def narrowed(self, columns: Tensor | None) -> "Head":
-        """The head of some tokens alone (None: all)."""
-        if columns is None:
-            return self
-        return Head(self.weight[:, columns], None if self.bias is None else self.bias[columns])
-
-    def logits(self, last: Tensor) -> Tensor:
-        """Frozen logits (b, V)."""
-        product = last @ self.weight
-        return product if self.bias is None else product.add_(self.bias)
-
-
-@dataclass(frozen=True, eq=False)
-class Block:
-    """Positions that an operator is applied to. last: (b, D). hidden: (b, d), the same tensor where operators stand on
-    the last states. targets: (b,) numbers among the head's tokens. rest: (b, 1) log of the mass of all other tokens,
-    None where the head has them all."""
-
-    head: Head
-    last: Tensor
-    hidden: Tensor
-    targets: Tensor
-    rest: Tensor | None = None
-
-    def steered(self, shift: Tensor | None) -> Tensor:
-        """Logits under a shift (d, c) of the head on `hidden` (None: none), and `rest` behind them: (b, c or c + 1)."""
-        if shift is None:
-            found = self.head.logits(self.last)
-        elif self.hidden is self.last:
-            found = Head(self.head.weight + shift, self.head.bias).logits(self.last)
-        else:
-            found = self.head.logits(self.last).addmm_(self.hidden, shift)
-        return found if self.rest is None else torch.cat([found, self.rest], 1)
-
-    def log_likelihoods(self, shift: Tensor | None) -> Tensor:
-        """log p of the targets: (b,)."""
-        logits = self.steered(shift)
-        return logits.gather(1, self.targets[:, None])[:, 0] - logits.logsumexp(1)
-
-
-@dataclass(frozen=True, eq=False)
-class Source:
-    """Where blocks come from: a table, the frozen head, and which log-softmax is asked for.
-
-    on_last: operators stand on the last states. common: (m,) tokens that restricted log-softmaxes keep besides the
-    targets, None for full ones. budget: bytes of a block. masses: (N, 1) log of the whole mass of the frozen logits,
-    where it is known already.
-    """
-
-    table: TokenTable
-    head: Head
-    on_last: bool
-    common: Tensor | None
-    budget: int
-    masses: Tensor | None = None
-
-    def columns(self, targets: Tensor) -> Tensor | None:
-        """The tokens that stand in a log-softmax over these targets, rising; None for all."""
-        return None if self.common is None else torch.cat([self.common, targets.to(self.common)]).unique()
-
-    def size(self, n_columns: int) -> int:
-        """Most positions of a block, whose logits are held about four times at once."""
-        return max(1, self.budget // (16 * n_columns))
-
-    def blocks(self, rows: Tensor, columns: Tensor | None) -> Iterator[tuple[Tensor, Block]]:
-        """The positions (b,) and what stands there, a block at a time."""
-        head = self.head.narrowed(columns)
-        for part in rows.split(self.size(head.n_tokens)):
-            yield part, self.block(part, columns, head)
-
-    def block(self, rows: Tensor, columns: Tensor | None, head: Head) -> Block:
-        weight = self.head.weight
-        last = self.table.last[rows].to(weight)
-        hidden = last if self.on_last else self.table.hidden[rows].to(weight)
-        targets = self.table.targets[rows].to(weight.device)
-        if columns is None or len(columns) == self.head.n_tokens:
-            return Block(head, last, hidden, targets)
-        own = head.logits(last).logsumexp(1, keepdim=True)
-        total = self.log_masses(last) if self.masses is None else self.masses[rows].to(weight)
-        # what the others have, never below what rounding leaves of nothing
-        rest = total + torch.log1p(-(own - total).exp().clamp_max(1 - 1e-6))
-        return Block(head, last, hidden, torch.searchsorted(columns, targets), rest)
-
-    def log_masses(self, last: Tensor) -> Tensor:
-        """logsumexp of all V frozen logits, (b, 1), in blocks of positions."""
-        parts = last.split(self.size(self.head.n_tokens))
-        return torch.cat([self.head.logits(part).logsumexp(1, keepdim=True) for part in parts])
-
-
-@dataclass(frozen=True, eq=False)
 class SteeredDocuments:
     """What operators are trained on: the model, its table of the training documents, and subsets of them.
 
@@ -240,34 +135,50 @@ class TokenOperators:
     def n_subsets(self) -> int:
         return len(self.matrices)
 
-    def shift(self, k: int, columns: Tensor | None = None) -> Tensor:
-        """E_k = P a_k (d, V), or of some tokens alone."""
-        matrix = self.matrices[k]
-        return self.projection @ (matrix if columns is None else matrix[:, columns])
-
     def table(self, queries: Examples) -> TokenTable:
         return token_table(self.model, queries, layer=self.settings.layer)
 
-    def measurements(self, queries: Examples | TokenTable) -> Tensor:
+    def measurements(self, queries: Examples | TokenTable, *, first_order: bool = False) -> Tensor:
         """y_{x,k} = Loss(o_x) - Loss(o~_k(x)), summed over a query's labelled tokens, in nats: (q, K) on the CPU.
 
         Positive where an operator helps. A query is measured by itself, so restricted log-softmaxes do not depend on
-        the others.
+        the others. first_order: what a small share of each operator does, over that share, <P' sum_t h_t (e_y - p_t)',
+        a_k>: one product of matrices for all operators instead of a softmax over the vocabulary for each.
         """
         table = queries if isinstance(queries, TokenTable) else self.table(queries)
-        settings = self.settings
-        source = Source(table, Head.of(self.model), settings.layer is None, self.common, settings.budget)
+        measured = self._first_order if first_order else self._measured
+        budget = min(self.settings.budget, 16 * cached_logits(self.matrices.device))
+        source = Source(table, Head.of(self.model), self.settings.layer is None, self.common, budget)
+        return measured(source).T.contiguous().cpu()
+
+    def _measured(self, source: Source) -> Tensor:
+        """Differences of losses: (K, q)."""
+        table = source.table
         found = torch.zeros(self.n_subsets, table.n_documents)
         every = torch.arange(len(table))
-        parts = [every] if self.common is None else list(every.split(table.lengths.tolist()))
-        for part in parts:
+        for part in [every] if self.common is None else every.split(table.lengths.tolist()):
             columns = source.columns(table.targets[part])
             for rows, block in source.blocks(part, columns):
-                before, documents = block.log_likelihoods(None), table.documents[rows]
-                for k in range(self.n_subsets):
-                    gains = block.log_likelihoods(self.shift(k, columns)) - before
-                    found[k].index_add_(0, documents, gains.cpu())
-        return found.T.contiguous()
+                gains = block.gains(block.hidden @ self.projection, self.matrices, columns)
+                found.index_add_(1, table.documents[rows], gains.cpu())
+        return found
+
+    def _first_order(self, source: Source) -> Tensor:
+        """Slopes of the losses: (K, q). Operators are read once for as many queries as the budget holds slopes of."""
+        queries = torch.arange(len(source.table)).split(source.table.lengths.tolist())
+        together = max(1, self.settings.budget // (4 * self.matrices[0].numel())) if self.common is None else 1
+        found = []
+        for start in range(0, len(queries), together):
+            some, columns = queries[start : start + together], source.columns(source.table.targets[queries[start]])
+            slopes = [self._slope(source, rows, columns).flatten() for rows in some]
+            matrices = self.matrices if columns is None else self.matrices[:, :, columns]
+            found.append(matrices.flatten(1) @ torch.stack(slopes, 1))
+        return torch.cat(found, 1)
+
+    def _slope(self, source: Source, rows: Tensor, columns: Tensor | None) -> Tensor:
+        """P' sum_t h_t (e_y - p_t)' of one query: (r, c)."""
+        blocks = (block for _, block in source.blocks(rows, columns))
+        return sum((block.hidden @ self.projection).T @ block.pushes() for block in blocks)
 
 
 def fixed_basis(settings: TokenSteering, moment: Tensor, *, seed: int) -> Tensor:
@@ -289,7 +200,8 @@ def fixed_basis(settings: TokenSteering, moment: Tensor, *, seed: int) -> Tensor
             raise ValueError(f"rank must be at most {n_directions}, the directions of the states, got {settings.rank}")
         values, vectors = values[-settings.rank :], vectors[:, -settings.rank :]
         largest = vectors.abs().argmax(0)  # which sign a direction has is arbitrary: fixed here
-        return (vectors * vectors[largest, torch.arange(settings.rank)].sign() / values.sqrt()).float()
+        signs = vectors[largest, torch.arange(settings.rank)].sign()
+        return (vectors * signs / values.sqrt()).float().contiguous()  # as a file gives it back: products are alike
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(d, settings.rank, generator=generator, dtype=torch.float64)
     return (drawn / (scale * d**0.5)).float()

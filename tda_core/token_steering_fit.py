@@ -18,7 +18,8 @@ from tda_core.examples import hash_of
 from tda_core.memory import refuse_beyond
 from tda_core.steering_losses import linearity_residual
 from tda_core.store import Store
-from tda_core.token_steering import Block, Head, Source, SteeredDocuments, TokenOperators, TokenSteering, fixed_basis
+from tda_core.token_blocks import Block, Head, Source
+from tda_core.token_steering import SteeredDocuments, TokenOperators, TokenSteering, fixed_basis
 from tda_core.token_steering_state import BETAS, State, move
 
 

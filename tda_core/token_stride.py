@@ -30,17 +30,18 @@ OPTIONS = {"weights": None, "store": None, "states": None}
 @dataclass(frozen=True, eq=False)
 class TokenStride:
     """Fitted operators with their subsets. membership: (K, n). recovery: what `scores` recovers by. losses: (steps, 3),
-    see `fit_token_operators`. train: hash of the training documents."""
+    see `fit_token_operators`. train: hash of the training documents. first_order: see `TokenOperators.measurements`."""
 
     membership: sparse.csc_array
     operators: TokenOperators
     recovery: Recovery
     losses: Tensor
     train: str
+    first_order: bool = False
 
     def measurements(self, queries: Examples) -> Tensor:
         """y (q, K) in nats: what each operator does for each query, higher where it helps."""
-        return self.operators.measurements(queries)
+        return self.operators.measurements(queries, first_order=self.first_order)
 
     def scores(self, queries: Examples) -> Tensor:
         """Influence of every training document on every query: (q, n), positive for proponents."""
@@ -63,6 +64,7 @@ class TokenStride:
         recovery = {**vars(self.recovery), "penalty": asdict(self.recovery.penalty)}
         made_for = {"model": operators.model.identity, "data": self.train}
         described = {"steering": asdict(operators.settings), "recovery": recovery, "made_for": made_for}
+        described["first_order"] = self.first_order
         save_tensors(path, tensors, {"kind": "TokenStride", **described})
 
     @classmethod
@@ -80,7 +82,8 @@ class TokenStride:
         indices, indptr = tensors["indices"].numpy(), tensors["indptr"].numpy()
         ones = np.ones(len(indices), dtype=np.float32)
         membership = sparse.csc_array((ones, indices, indptr), shape=(len(matrices), len(train)))
-        return cls(membership, operators, recovery, tensors["losses"], metadata["made_for"]["data"])
+        made_for, first_order = metadata["made_for"]["data"], metadata["first_order"]
+        return cls(membership, operators, recovery, tensors["losses"], made_for, first_order)
 
 
 def fit_token_stride(

@@ -6,8 +6,9 @@ from torch.nn import functional as F
 
 from tda_core.examples import IGNORED
 from tda_core.lm_ensemble import Ensemble
-from tda_core.lm_fused import HELD_LOGITS, HeadLoss, RMSNorm, Rotated
+from tda_core.lm_fused import HeadLoss, RMSNorm, Rotated
 from tda_core.lm_recipes import LMRecipe
+from tda_core.memory import CACHED_LOGITS
 
 N_TOKENS = 40
 TINY = {"width": 16, "layers": 2, "heads": 2, "length": 12}
@@ -35,7 +36,7 @@ def batch(n=3, b=4, t=12, seed=1):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_losses_and_gradients_are_those_of_transformers(architecture, tied, monkeypatch):
-    monkeypatch.setitem(HELD_LOGITS, "cpu", 7 * N_TOKENS)  # several pieces, the last one shorter
+    monkeypatch.setitem(CACHED_LOGITS, "cpu", 7 * N_TOKENS)  # several pieces, the last one shorter
     recipe, made = models(architecture, tied)
     ensemble = Ensemble.of(recipe, made)
     for value in ensemble.weights.values():

@@ -130,9 +130,9 @@ def test_scores_of_a_query_are_of_its_mean_loss(bench, name):
 
 def test_what_is_recovered_is_of_the_mean_loss(bench):
     method, queries = METHODS["stride/tuned"], bench.examples("test")
-    stride = method.prepare(bench)
-    found = method.finish(stride, method.settings[0]).scores(queries)
-    summed = stride.recovering(method.settings[0]).scores(queries)
+    prepared = method.prepare(bench)
+    found = method.finish(prepared, method.settings[0]).scores(queries)
+    summed = prepared[0].recovering(method.settings[0]).scores(queries)
     torch.testing.assert_close(found * lengths(queries)[:, None], summed)
     assert float(summed.abs().max()) > 0
 

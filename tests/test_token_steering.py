@@ -6,6 +6,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from language_toys import VOCABULARY, language_model, text_pairs
 from scipy import sparse
 from torch.nn import functional as F
 
@@ -15,7 +16,6 @@ from tda_core.store import Store
 from tda_core.token_steering import PUBLISHED, SteeredDocuments, TokenOperators, TokenSteering, fixed_basis
 from tda_core.token_steering_fit import fit_token_operators
 from tda_core.token_table import logits_of, token_table
-from tests.language_toys import VOCABULARY, language_model, text_pairs
 
 MODEL = language_model("llama")
 TRAIN = MODEL.examples(text_pairs(12, seed=1, response=(2, 6)))
@@ -124,6 +124,24 @@ def test_measurements_are_falls_of_the_loss_under_each_operator():
     torch.testing.assert_close(operators.measurements(QUERIES), expected, rtol=1e-4, atol=1e-5)
     one = torch.cat([operators.measurements(QUERIES[i]) for i in range(4)])
     torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"layer": 0.5, "basis": "linear", "rank": 3}, {"restricted": 6}])
+def test_first_order_measurements_are_slopes(changes, monkeypatch):
+    operators, _ = fitted(FULL.but(**changes))
+    small = dataclasses.replace(operators, matrices=operators.matrices * 1e-2)
+    found, expected = operators.measurements(QUERIES, first_order=True), small.measurements(QUERIES) * 100
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-2 * float(expected.abs().max()))
+    torch.testing.assert_close(small.measurements(QUERIES, first_order=True) * 100, found)
+    tight = dataclasses.replace(operators, settings=operators.settings.but(budget=64))
+    torch.testing.assert_close(tight.measurements(QUERIES, first_order=True), found)
+
+
+def test_measurements_do_not_depend_on_blocks(monkeypatch):
+    operators, _ = fitted(FULL)
+    whole = operators.measurements(QUERIES)
+    monkeypatch.setitem(memory.CACHED_LOGITS, "cpu", 3 * VOCABULARY)
+    torch.testing.assert_close(operators.measurements(QUERIES), whole)
 
 
 def test_operators_lower_the_loss_of_their_subsets():
