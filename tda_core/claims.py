@@ -31,6 +31,7 @@ from tda_core import paths
 from tda_core.files import atomic_write
 
 HOLDS, SIGN_ONLY, FAILS, NOT_RUN = "holds", "holds in sign only", "does not hold", "not run at this profile"
+NOT_MEASURED = "not measured"  # the dataset was run, and no notebook records this
 COLUMNS = ("claim", "dataset", "published", "reproduced", "verdict")
 
 Metrics = Mapping[str, Mapping[str, Any]]
@@ -150,12 +151,18 @@ def judge(claim: Claim, dataset: str, metrics: Metrics) -> str:
 
 
 def claims_table(slug: str, metrics: Metrics) -> list[Row]:
-    """One row for each claim and dataset, judged by these metrics ({name: {value, low, high, n, unit}})."""
-    rows = []
+    """One row for each claim and dataset, judged by these metrics ({name: {value, low, high, n, unit}}).
+
+    Where a dataset was not run, the verdict names the profiles that run it if not all do, or says that none does.
+    """
+    rows, profiles = [], _profiles(slug)
     for claim in load_claims(slug):
         for dataset in claim.datasets:
             entry = metrics.get(claim.metric.format(dataset=dataset))
             verdict = judge(claim, dataset, metrics)
+            if verdict == NOT_RUN:
+                measured = any(name.startswith(f"{dataset}/") for name in metrics)
+                verdict = NOT_MEASURED if measured else NOT_RUN + _elsewhere(profiles, dataset)
             rows.append(Row(claim.text, dataset, claim.published, _show(entry, claim.unit), verdict, claim.why))
     return rows
 
@@ -180,6 +187,22 @@ def as_markdown(rows: Sequence[Row]) -> str:
         cells = [" ".join(cell.split()).replace("|", "\\|") for cell in _cells(row)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _profiles(slug: str) -> dict[str, list[str]]:
+    """Profiles that run each dataset of a paper, [] for all of them, by its profiles.toml; {} where it has none."""
+    path = paths.PAPERS / slug / "profiles.toml"
+    if not path.is_file():
+        return {}
+    variants = tomllib.loads(path.read_text(encoding="utf-8")).get("variants", {})
+    return {variant["dataset"]: variant.get("profiles", []) for variant in variants.values()}
+
+
+def _elsewhere(profiles: Mapping[str, list[str]], dataset: str) -> str:
+    """What a dataset that was not run needs, as the end of the verdict."""
+    if profiles and dataset not in profiles:
+        return ", nor at another"
+    return f", but at {' and '.join(profiles[dataset])}" if profiles.get(dataset) else ""
 
 
 def _parse(entry: Mapping[str, Any], where: str) -> Claim:

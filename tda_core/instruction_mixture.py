@@ -7,30 +7,39 @@ that fine-tuning on a subset of the pairs teaches it what the subset holds.
 
 A family answers in one language, in three wordings: most queries' questions stand in training in another wording (the
 same answer to be learned), beside questions of its family that share nearly all of its words and none of its answer.
+
+`named_mixture` does the same with the data sets of STRIDE's instruction tuning: some of their pairs, as texts, are
+pre-trained on, and others fine-tuned on.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from random import Random
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from tda_core.corpora import Corpus, documents_of
-from tda_core.lm_tokenizers import word_tokenizer
+from tda_core.data import MIXTURES
+from tda_core.data.instructions import load_pairs
+from tda_core.lm_tokenizers import bpe_tokenizer, word_tokenizer
 from tda_core.task_corpus import SEPARATOR, TaskCorpus
 from tda_core.text_pairs import TextPairs
 
 BLOCK = 200  # documents made at a time
+MOST = 1_000_000  # questions of a family, at most
 
 
 @dataclass(frozen=True)
 class MixtureSpec:
     """What is kept for fine-tuning, and how many; documents longer than the window are left out.
 
-    tuned: families of the task corpus that pre-training lacks. n_documents, n_examples: documents to pre-train on, and
-    the examples of each. n_train, n_validation, n_test: pairs. length: most tokens, the model's window. seed: of the
-    task corpus's made-up maps and of the split. Raises ValueError for unknown or all families, and sizes below 1.
+    tuned: families of the task corpus that pre-training lacks; data sets by name have their own. n_documents,
+    n_examples: documents to pre-train on, and the examples of each. n_train, n_validation, n_test: pairs. length: most
+    tokens, the model's window. seed: of the task corpus's made-up maps and of the split. Raises ValueError for unknown
+    or all families, and sizes below 1.
     """
 
     tuned: tuple[str, ...] = ("totem", "banner", "minus", "reverse")
@@ -106,10 +115,47 @@ def instruction_mixture(spec: MixtureSpec | None = None) -> InstructionMixture:
     return InstructionMixture(spec, spec.tuned, _pretraining(corpus, spec, kept), *parts)
 
 
+def named_mixture(name: str, spec: MixtureSpec, *, vocabulary: int = 2048) -> InstructionMixture:
+    """The mixture of a data set by name, one of `tda_core.data.MIXTURES`, see `mixture_of`. Raises ValueError for an unknown one, and as `mixture_of` does;
+    DataUnavailable, which says what to put where, for files that cannot be had."""
+    if name not in MIXTURES:
+        raise ValueError(f"unknown data set {name!r}, expected one of {', '.join(MIXTURES)}")
+    return mixture_of(
+        {part.partition(":")[2] or part: load_pairs(part) for part in MIXTURES[name]}, spec, vocabulary=vocabulary
+    )
+
+
+def mixture_of(families: Mapping[str, TextPairs], spec: MixtureSpec, *, vocabulary: int = 2048) -> InstructionMixture:
+    """A mixture of one's own pairs, by family: prompt and response of some are documents to pre-train on.
+
+    vocabulary: tokens of the byte-level pair encoding, which is learned from these documents. Each family gives the
+    same share of every part, as far as it reaches. Raises ValueError where there are too few pairs within the window.
+    """
+    rng, rows = Random(f"mixture {spec.seed}"), []
+    for place, pairs in enumerate(families.values()):
+        own = [(place, question, pair) for question, pair in enumerate(pairs.pairs)]
+        rng.shuffle(own)
+        # how far through its family a pair is: sorted by it, all families end together
+        rows += [((i + rng.random()) / len(own), *row) for i, row in enumerate(own)]
+    rows = [row for _, *row in sorted(rows)]
+    tokenizer = bpe_tokenizer(
+        ["".join(pair) for *_, pair in rows[: spec.n_documents]], vocabulary=vocabulary, length=spec.length
+    )
+    rows = [row for row in rows if len(tokenizer("".join(row[2]))["input_ids"]) <= spec.length]
+    ends = list(accumulate((spec.n_documents, spec.n_train, spec.n_validation, spec.n_test)))
+    if ends[-1] > len(rows):
+        asked = f"{ends[-1]} pairs of at most {spec.length} tokens are asked for"
+        raise ValueError(f"{asked}, and {', '.join(families)} have {len(rows)}")
+    source = f"{', '.join(families)}, {spec}"
+    documents = _split(["".join(pair) for *_, pair in rows[: ends[0]]], "pairs", source, tokenizer)
+    parts = (_labelled(rows[start:end]) for start, end in pairwise(ends))
+    return InstructionMixture(spec, tuple(families), documents, *parts)
+
+
 def _labelled(rows: list[tuple[int, int, tuple[str, str]]]) -> LabelledPairs:
     places, questions, pairs = zip(*rows, strict=True)
     families, numbers = torch.tensor(places), torch.tensor(questions)
-    return LabelledPairs(TextPairs(*zip(*pairs, strict=True)), families, families * 1000 + numbers)
+    return LabelledPairs(TextPairs(*zip(*pairs, strict=True)), families, families * MOST + numbers)
 
 
 def _pretraining(corpus: TaskCorpus, spec: MixtureSpec, kept: list[int]) -> Corpus:
@@ -127,9 +173,12 @@ def _pretraining(corpus: TaskCorpus, spec: MixtureSpec, kept: list[int]) -> Corp
             if fits and not asks and wordings.isdisjoint(text.split()):
                 found.append(text)
         block += 1
-    ends = (spec.n_documents * 9 // 10, spec.n_documents * 19 // 20, spec.n_documents)
-    parts = (documents_of(found[start:end]) for start, end in zip((0, *ends), ends, strict=False))
-    return Corpus("task_documents", f"generated, {spec}", tokenizer, *parts)
+    return _split(found[: spec.n_documents], "task_documents", f"generated, {spec}", tokenizer)
+
+
+def _split(texts: list[str], name: str, source: str, tokenizer: PreTrainedTokenizerFast) -> Corpus:
+    ends = (0, len(texts) * 9 // 10, len(texts) * 19 // 20, len(texts))
+    return Corpus(name, source, tokenizer, *(documents_of(texts[start:end]) for start, end in pairwise(ends)))
 
 
 def _forms(corpus: TaskCorpus, family: int) -> tuple[str, ...]:

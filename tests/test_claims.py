@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tda_core import claims, paths, references
-from tda_core.claims import FAILS, HOLDS, NOT_RUN, SIGN_ONLY, Claim, Recorder
+from tda_core.claims import FAILS, HOLDS, NOT_MEASURED, NOT_RUN, SIGN_ONLY, Claim, Recorder
 
 CLAIM = Claim("c", "It | works", "0.5", "{dataset}/lds/x", ("digits", "mnist"), "above", 0.5, "Because.", 0.1)
 TOML = """
@@ -182,6 +182,22 @@ def test_a_wrong_claim_is_named(papers, old, new, words):
 
 
 # tables
+
+
+def test_what_was_not_run_says_which_profiles_run_it(papers):
+    (papers / "demo" / "claims.toml").write_text(TOML)
+    variants = (
+        '[variants.mnist]\ndataset = "mnist"\nprofiles = ["laptop", "paper"]\n[variants.digits]\ndataset = "digits"\n'
+    )
+
+    def verdicts(profiles, metrics=None):
+        (papers / "demo" / "profiles.toml").write_text(profiles)
+        return [row.verdict for row in claims.claims_table("demo", metrics or {})]
+
+    assert verdicts(variants) == [NOT_RUN, f"{NOT_RUN}, but at laptop and paper"]
+    assert verdicts('[variants.x]\ndataset = "x"') == [f"{NOT_RUN}, nor at another"] * 2
+    assert verdicts(variants, {"mnist/lds/other": entry(1.0)})[1] == NOT_MEASURED
+    assert verdicts(variants, {"mnist/lds/x": entry(0.61, 0.52, 0.7)}) == [NOT_RUN, HOLDS]
 
 
 def test_tables(papers):

@@ -1,13 +1,19 @@
 """The mixture for instruction tuning: what pre-training must not hold, how pairs are labelled, that tuning teaches."""
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 
+from tda_core.data import MIXTURES, is_available, where_to_put
+from tda_core.data.instructions import hub_file
 from tda_core.fine_tuning import FineTuning, fine_tune
-from tda_core.instruction_mixture import MixtureSpec, instruction_mixture
+from tda_core.instruction_mixture import MOST, MixtureSpec, instruction_mixture, mixture_of, named_mixture
 from tda_core.language import LanguageModel
 from tda_core.lm_recipes import LMRecipe
 from tda_core.task_corpus import SEPARATOR, TaskCorpus
+from tda_core.text_pairs import TextPairs
 
 SMALL = MixtureSpec(n_documents=200, n_train=120, n_validation=20, n_test=40)
 PARTS = ("train", "validation", "test")
@@ -50,9 +56,9 @@ def test_pairs_differ_and_labels_say_what_they_ask(mixture):
             labelled.pairs.pairs, labelled.families.tolist(), labelled.questions.tolist(), strict=True
         ):
             own = corpus.families.index(mixture.families[family])
-            assert corpus.questions[own][question - 1000 * family][0] == prompt
+            assert corpus.questions[own][question - MOST * family][0] == prompt
             possible = {
-                corpus.render((own, family % 3, form), question - 1000 * family)[1] for form in corpus.seen[own]
+                corpus.render((own, family % 3, form), question - MOST * family)[1] for form in corpus.seen[own]
             }
             assert response in possible
     rows = torch.cat([mixture.test.of_family(family) for family in range(4)])
@@ -106,3 +112,51 @@ def test_bad_specs(change, message):
 def test_more_pairs_than_there_are():
     with pytest.raises(ValueError, match="100160 pairs are asked for, and these families have 591"):
         instruction_mixture(MixtureSpec(n_train=100_000))
+
+
+SPEC = MixtureSpec(n_documents=80, n_train=30, n_validation=6, n_test=12, length=40)
+
+
+def families(n=120):
+    """Two tasks of one's own, one of them three times as large, with some pairs that fit no window."""
+    sums = [(f"what is {i} and {i + 1} ?", f" {2 * i + 1}") for i in range(n)]
+    names = [(f"name number {i} :", f" n{i}") for i in range(n // 3)]
+    long = [("word " * 60, f" {i}") for i in range(9)]
+    return {"sums": TextPairs(*zip(*sums, strict=True)), "names": TextPairs(*zip(*names, *long, strict=True))}
+
+
+def test_pairs_of_ones_own_are_shared_out_by_family():
+    mixture = mixture_of(families(), SPEC, vocabulary=300)
+    assert mixture.families == ("sums", "names")
+    assert [len(getattr(mixture, part)) for part in PARTS] == [30, 6, 12]
+    pairs = [pair for part in PARTS for pair in getattr(mixture, part).pairs.pairs]
+    texts = [text for part in PARTS for text in getattr(mixture.pretraining, part).responses]
+    assert len(texts) == 80 and len(set(pairs)) == 48 and not set(texts) & {"".join(pair) for pair in pairs}
+    share = float((mixture.train.families == 0).double().mean())
+    assert 0.6 < share < 0.85, "as in the whole: three quarters"
+    tokenizer = mixture.pretraining.tokenizer
+    assert max(len(tokens) for tokens in tokenizer(["".join(pair) for pair in pairs])["input_ids"]) <= 40
+    assert all("word" not in prompt for prompt, _ in pairs), "what fits no window is left out"
+    for part in PARTS:
+        own = getattr(mixture, part)
+        for (prompt, _), family in zip(own.pairs.pairs, own.families.tolist(), strict=True):
+            assert prompt.startswith(("what", "name")[family])
+    again = mixture_of(families(), SPEC, vocabulary=300)
+    assert again.test.pairs == mixture.test.pairs and again.pretraining.hash == mixture.pretraining.hash
+    with pytest.raises(ValueError, match="548 pairs of at most 40 tokens are asked for, and sums, names have 160"):
+        mixture_of(families(), replace(SPEC, n_train=450), vocabulary=300)
+
+
+def test_data_sets_by_name(monkeypatch, tmp_path):
+    monkeypatch.setenv("TDA_DATA_DIR", str(tmp_path))
+    assert not is_available("flan") and where_to_put("flan").count("fetch train/") == 4
+    for file in map(hub_file, MIXTURES["flan"]):
+        path = tmp_path / "hub" / file.repository / file.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = [{"inputs": f"{path.stem} asks {i}?", "targets": f"answer {i % 7}"} for i in range(60)]
+        path.write_text("\n".join(map(json.dumps, rows)))
+    assert is_available("flan")
+    mixture = named_mixture("flan", replace(SPEC, length=64), vocabulary=300)
+    assert mixture.families == ("rte", "sst2", "trec", "wic") and len(mixture.test) == 12
+    with pytest.raises(ValueError, match="unknown data set 'dolly', expected one of alpaca, tulu, safe_rlhf, flan"):
+        named_mixture("dolly", SPEC)

@@ -12,7 +12,8 @@ examples, so small runs are nested in bigger ones and no example ever changes pa
 
 `is_available` and `where_to_put` also know `icp_released`, the scores that the ICP paper released, which are no
 examples to train on and have a loader of their own, `tda_core.data.released.load_released`; and `tinyshakespeare`, a
-text, which `tda_core.corpora.load_corpus` cuts into documents.
+text, which `tda_core.corpora.load_corpus` cuts into documents; and the data sets of `MIXTURES`, prompts with responses
+by family, which `tda_core.instruction_mixture.named_mixture` splits.
 
 This module imports neither torch nor scikit-learn, so that `is_available` costs nothing.
 """
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DATASETS",
     "DATASETS_OF_TEXT",
+    "MIXTURES",
     "RELEASED",
     "DataUnavailable",
     "Dataset",
@@ -40,6 +42,9 @@ __all__ = [
 ]
 
 PARTS = ("train", "validation", "test")
+# Families of data sets of instructions, by their names in `tda_core.data.instructions`; FLAN is four of its tasks here
+MIXTURES = {"alpaca": ("alpaca",), "tulu": ("tulu",), "safe_rlhf": ("safe_rlhf",)}
+MIXTURES |= {"flan": ("flan:rte", "flan:sst2", "flan:trec", "flan:wic")}
 _OSSCI = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 # A pinned copy of UCI's data set 189. UCI's own file has commas and more digits of Jitter(Abs): another checksum.
 _UCI_COPY = (
@@ -171,11 +176,19 @@ def load_dataset(
 
 def is_available(name: str) -> bool:
     """Whether `name` can be loaded without a download (files are looked for, not read)."""
+    if name in MIXTURES:
+        from tda_core.data.instructions import find_pairs  # here, because it imports torch
+
+        return all(find_pairs(part) for part in MIXTURES[name])
     return all(find(file) for file in _files(name))
 
 
 def where_to_put(name: str) -> str:
     """One line a file: where it belongs, its checksum and its source ('' for embedded data)."""
+    if name in MIXTURES:
+        from tda_core.data.instructions import hub_file
+
+        return "\n".join(hub_file(part).where_to_put() for part in MIXTURES[name])
     return "\n".join(file.where_to_put() for file in _files(name))
 
 

@@ -88,6 +88,18 @@ class HubFile:
     form: Form
     sha256: str = ""
 
+    @property
+    def places(self) -> list[Path]:
+        """Where the file may lie in a data folder."""
+        return [folder / "hub" / self.repository / self.name for folder in paths.data_dirs()]
+
+    def where_to_put(self) -> str:
+        """Where the file comes from and belongs."""
+        return (
+            f"fetch {self.name} from https://huggingface.co/datasets/{self.repository} and put it at "
+            f"$TDA_DATA_DIR/hub/{self.repository}/{self.name} or at {self.places[-1]}"
+        )
+
 
 ALPACA = Form(("Instruction: {instruction}", "Input: {input}", "Response:"), "output")
 SENTIMENT = Form(("Review: {text}", "Sentiment:"), "label_text")
@@ -147,6 +159,17 @@ def hub_file(name: str) -> HubFile:
     return replace(HUB[data], name=HUB[data].name.format(task=task))
 
 
+def find_pairs(name: str) -> Path | None:
+    """The file of a name in the table above, from a data folder or the hub's cache, or None; nothing is downloaded."""
+    import huggingface_hub
+
+    file = hub_file(name)
+    options = {"repo_type": "dataset", "revision": file.revision}
+    cached = huggingface_hub.try_to_load_from_cache(file.repository, file.name, **options)
+    found = [*file.places, *([Path(cached)] if isinstance(cached, str) else [])]
+    return next((place for place in found if place.is_file()), None)
+
+
 def read_pairs(path: str | Path, form: Form) -> TextPairs:
     """The rows of a .json (a list of objects), .jsonl (an object a line), .csv (with a header) or .parquet as pairs.
 
@@ -180,8 +203,7 @@ def fetch(file: HubFile) -> Path:
 
     Raises DataUnavailable where it cannot be had, and ValueError for contents other than its checksum says.
     """
-    places = [folder / "hub" / file.repository / file.name for folder in paths.data_dirs()]
-    path = next((place for place in places if place.is_file()), None) or _download(file, places)
+    path = next((place for place in file.places if place.is_file()), None) or _download(file)
     if file.sha256:
         found = hashlib.sha256(path.read_bytes()).hexdigest()
         if found != file.sha256:
@@ -189,7 +211,7 @@ def fetch(file: HubFile) -> Path:
     return path
 
 
-def _download(file: HubFile, places: list[Path]) -> Path:
+def _download(file: HubFile) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError, RevisionResolutionError
 
@@ -201,9 +223,7 @@ def _download(file: HubFile, places: list[Path]) -> Path:
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataUnavailable(
             f"{file.name} of the data set {file.repository} (revision {file.revision}) is not on this machine and "
-            f"could not be downloaded ({why}). With a network, run again; without one, fetch {file.name} elsewhere "
-            f"from https://huggingface.co/datasets/{file.repository} and put it at "
-            f"$TDA_DATA_DIR/hub/{file.repository}/{file.name} or at {places[-1]}"
+            f"could not be downloaded ({why}). With a network, run again; without one, {file.where_to_put()}"
         ) from error
 
 
