@@ -116,8 +116,11 @@ def instruction_mixture(spec: MixtureSpec | None = None) -> InstructionMixture:
 
 
 def named_mixture(name: str, spec: MixtureSpec, *, vocabulary: int = 2048) -> InstructionMixture:
-    """The mixture of a data set by name, one of `tda_core.data.MIXTURES`, see `mixture_of`. Raises ValueError for an unknown one, and as `mixture_of` does;
-    DataUnavailable, which says what to put where, for files that cannot be had."""
+    """The mixture of a data set by name, one of `tda_core.data.MIXTURES`, see `mixture_of`.
+
+    Raises ValueError for an unknown one, and as `mixture_of` does; DataUnavailable, which says what to put where, for
+    files that cannot be had.
+    """
     if name not in MIXTURES:
         raise ValueError(f"unknown data set {name!r}, expected one of {', '.join(MIXTURES)}")
     return mixture_of(
