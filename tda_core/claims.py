@@ -31,7 +31,7 @@ from tda_core import paths
 from tda_core.files import atomic_write
 
 HOLDS, SIGN_ONLY, FAILS, NOT_RUN = "holds", "holds in sign only", "does not hold", "not run at this profile"
-NOT_MEASURED = "not measured"  # the dataset was run, and no notebook records this
+NOT_MEASURED = "not measured"  # of a dataset that has other metrics here
 COLUMNS = ("claim", "dataset", "published", "reproduced", "verdict")
 
 Metrics = Mapping[str, Mapping[str, Any]]
@@ -153,7 +153,8 @@ def judge(claim: Claim, dataset: str, metrics: Metrics) -> str:
 def claims_table(slug: str, metrics: Metrics) -> list[Row]:
     """One row for each claim and dataset, judged by these metrics ({name: {value, low, high, n, unit}}).
 
-    Where a dataset was not run, the verdict names the profiles that run it if not all do, or says that none does.
+    Where a dataset was not run, the verdict names the profiles that it is part of if it is not of all, or says that it
+    is of none.
     """
     rows, profiles = [], _profiles(slug)
     for claim in load_claims(slug):
@@ -190,19 +191,25 @@ def as_markdown(rows: Sequence[Row]) -> str:
 
 
 def _profiles(slug: str) -> dict[str, list[str]]:
-    """Profiles that run each dataset of a paper, [] for all of them, by its profiles.toml; {} where it has none."""
+    """Profiles that run each dataset or variant of a paper, [] for all, by its profiles.toml; {} where it has none."""
     path = paths.PAPERS / slug / "profiles.toml"
     if not path.is_file():
         return {}
     variants = tomllib.loads(path.read_text(encoding="utf-8")).get("variants", {})
-    return {variant["dataset"]: variant.get("profiles", []) for variant in variants.values()}
+    found = {}
+    for name, variant in variants.items():
+        limits = variant.get("profiles", [])
+        for called in {name, variant["dataset"]}:
+            known = found.get(called, limits)
+            found[called] = sorted({*known, *limits}) if known and limits else []
+    return found
 
 
 def _elsewhere(profiles: Mapping[str, list[str]], dataset: str) -> str:
     """What a dataset that was not run needs, as the end of the verdict."""
     if profiles and dataset not in profiles:
         return ", nor at another"
-    return f", but at {' and '.join(profiles[dataset])}" if profiles.get(dataset) else ""
+    return f" (it is part of {' and '.join(profiles[dataset])})" if profiles.get(dataset) else ""
 
 
 def _parse(entry: Mapping[str, Any], where: str) -> Claim:

@@ -8,8 +8,8 @@ that fine-tuning on a subset of the pairs teaches it what the subset holds.
 A family answers in one language, in three wordings: most queries' questions stand in training in another wording (the
 same answer to be learned), beside questions of its family that share nearly all of its words and none of its answer.
 
-`named_mixture` does the same with the data sets of STRIDE's instruction tuning: some of their pairs, as texts, are
-pre-trained on, and others fine-tuned on.
+`named_mixture` takes the data sets of STRIDE's instruction tuning instead: some of their pairs, as texts, are
+pre-trained on, and others fine-tuned on, so that the model knows tasks like these before it is tuned.
 """
 
 from collections.abc import Iterable, Mapping
@@ -84,8 +84,8 @@ class LabelledPairs:
 
 @dataclass(frozen=True, eq=False)
 class InstructionMixture:
-    """pretraining: documents without the families that the pairs are of, split 9 : 1/2 : 1/2; its tokenizer knows the
-    words of both. families: names."""
+    """pretraining: documents without any of the pairs, and where they are generated without their families, split
+    9 : 1/2 : 1/2; its tokenizer knows the words of both. families: names."""
 
     spec: MixtureSpec
     families: tuple[str, ...]
@@ -131,12 +131,16 @@ def named_mixture(name: str, spec: MixtureSpec, *, vocabulary: int = 2048) -> In
 def mixture_of(families: Mapping[str, TextPairs], spec: MixtureSpec, *, vocabulary: int = 2048) -> InstructionMixture:
     """A mixture of one's own pairs, by family: prompt and response of some are documents to pre-train on.
 
-    vocabulary: tokens of the byte-level pair encoding, which is learned from these documents. Each family gives the
-    same share of every part, as far as it reaches. Raises ValueError where there are too few pairs within the window.
+    vocabulary: tokens of the byte-level pair encoding, which is learned from the first `spec.n_documents` texts. A
+    prompt that was there before is left out with its response, and so is what does not fit the window. Families have
+    the same share of each part as of the whole. Raises ValueError where there are too few pairs, or too little text.
     """
     rng, rows = Random(f"mixture {spec.seed}"), []
     for place, pairs in enumerate(families.values()):
-        own = [(place, question, pair) for question, pair in enumerate(pairs.pairs)]
+        firsts: dict[str, int] = {}
+        for question, prompt in enumerate(pairs.prompts):
+            firsts.setdefault(prompt, question)
+        own = [(place, question, pairs.pairs[question]) for question in firsts.values()]
         rng.shuffle(own)
         # how far through its family a pair is: sorted by it, all families end together
         rows += [((i + rng.random()) / len(own), *row) for i, row in enumerate(own)]
@@ -149,7 +153,8 @@ def mixture_of(families: Mapping[str, TextPairs], spec: MixtureSpec, *, vocabula
     if ends[-1] > len(rows):
         asked = f"{ends[-1]} pairs of at most {spec.length} tokens are asked for"
         raise ValueError(f"{asked}, and {', '.join(families)} have {len(rows)}")
-    source = f"{', '.join(families)}, {spec}"
+    made = f"{spec.n_documents} documents, window {spec.length}, vocabulary {vocabulary}, seed {spec.seed}"
+    source = f"pairs of {', '.join(families)}; {made}"
     documents = _split(["".join(pair) for *_, pair in rows[: ends[0]]], "pairs", source, tokenizer)
     parts = (_labelled(rows[start:end]) for start, end in pairwise(ends))
     return InstructionMixture(spec, tuple(families), documents, *parts)

@@ -84,7 +84,7 @@ class Subject:
 class LMBench(Subject):
     """One checkpoint of a bench. validation, test: ground truths of those queries. own: (m, s) training losses.
 
-    model: trained on all documents, to the same checkpoint. seconds: CPU seconds of a retraining, to the end.
+    model: trained on all documents, to the same checkpoint. seconds: of a retraining, to the end, as in `Measured`.
     """
 
     validation: GroundTruth
@@ -158,12 +158,22 @@ class LMBench(Subject):
         return cls(corpus, model, *split, tensors["own"], metadata["seconds"])
 
 
-def bank_of(corpus: Corpus, goal: LMGoal, folder: Path | str, initial: PreTrainedModel | None = None) -> TruthBank:
-    """The bank of a goal's retrainings; validation queries come first, then those of the test."""
+def bank_of(
+    corpus: Corpus,
+    goal: LMGoal,
+    folder: Path | str,
+    initial: PreTrainedModel | None = None,
+    device: str | None = None,
+) -> TruthBank:
+    """The bank of a goal's retrainings; validation queries come first, then those of the test.
+
+    initial: a model that training starts from. device: where models are trained, default a GPU if there is one.
+    """
     untrained = initial or goal.recipe.untrained(len(corpus.tokenizer), seed=0)
     model = LanguageModel(untrained, corpus.tokenizer)
     n = round(goal.fraction * len(corpus.train))
     training = goal.training(n, len(corpus.tokenizer), initial)
+    training = replace(training, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
     queries = model.examples(corpus.validation + corpus.test)
     half = max(1, training.recipe.steps // 2)
     return TruthBank(Path(folder), training, model.examples(corpus.train), queries, (half,))
@@ -192,6 +202,7 @@ def _train_attributed(corpus: Corpus, goal: LMGoal, folder: Path, bank: TruthBan
     """Write the models of both states, unless they are there; those of another goal or corpus are replaced."""
     n = len(bank.examples)
     training = goal.training(n, bank.training.n_tokens, bank.training.initial)
+    training = replace(training, device=bank.training.device)
     made_of = json.dumps({"training": training.identity, "data": bank.examples.hash, "seed": MODEL_SEED})
     marker, places = folder / "models.json", {state: folder / f"model_{state}" for state in STATES}
     if not marker.is_file() or marker.read_text() != made_of:

@@ -42,19 +42,19 @@ EVALUATED = 2**15
 class LMTraining:
     """What models are trained by: a recipe, the vocabulary's size, and a model to start from (None: from scratch).
 
-    The initial model is one of the recipe's shape; it is left as it is. device: "cpu", "cuda", ...; default a GPU if
-    there is one. Numbers of different devices agree up to rounding.
+    The initial model is one of the recipe's shape; it is left as it is. device: "cpu", "cuda", "cuda:1", ...; numbers
+    of different devices agree up to rounding.
     """
 
     recipe: LMRecipe
     n_tokens: int
     initial: PreTrainedModel | None = None
-    device: str | None = None
+    device: str = "cpu"
 
     @property
     def place(self) -> torch.device:
         """Where models are trained."""
-        return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return torch.device(self.device)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -103,8 +103,9 @@ def pretrain_many(training: LMTraining, examples: Examples, masks: Tensor, seeds
     """Train M models together on their own documents.
 
     masks: (M, n) bool, equally large subsets. seeds: M, of initialisation and order. What a model becomes does not
-    depend on those beside it, but for rounding where their documents are longer. Raises ValueError for wrong shapes, an
-    empty subset, and documents that do not fit the window or the vocabulary; FloatingPointError for divergence.
+    depend on those beside it, but for rounding where their documents are longer, or on a GPU. Raises ValueError for
+    wrong shapes, an empty subset, and documents that do not fit the window or the vocabulary; FloatingPointError for
+    divergence.
     """
     *_, (_, ensemble) = pretrain_steps(training, examples, masks, seeds)
     return ensemble
@@ -150,7 +151,7 @@ def evaluate(ensemble: Ensemble, examples: Examples | Sequence[Examples]) -> Ten
         ensemble.token_losses(*(x.expand(*shape).to(ensemble.device) for x in (some, labels))).sum(2).cpu()
         for some, labels in zip(inputs.split(size, 1), targets.split(size, 1), strict=True)
     ]
-    found = torch.cat(parts, 1) / (targets != IGNORED).sum(2)
+    found = torch.cat(parts, 1) / (targets != IGNORED).sum(2).cpu()
     if not torch.isfinite(found).all():
         model, query = (~torch.isfinite(found)).nonzero()[0].tolist()
         raise FloatingPointError(f"the loss of query {query} under model {model} is NaN or infinite")

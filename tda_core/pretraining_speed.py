@@ -15,7 +15,7 @@ TIMED = 12
 
 
 def pretraining_rates(training: LMTraining, examples: Examples, masks: Tensor) -> dict[str, float]:
-    """Models a second and core of "ensemble", a block of stacked models, and "loop", one model at a time.
+    """Models a second, of a core or a GPU, of "ensemble", a block of stacked models, and "loop", one model at a time.
 
     masks: (m, n) bool, of which one block is taken. The first steps of a training are timed, twice, and stand for all.
     """
@@ -24,6 +24,13 @@ def pretraining_rates(training: LMTraining, examples: Examples, masks: Tensor) -
     short = replace(training, recipe=replace(training.recipe, steps=min(TIMED, steps)))
     whole = steps / short.recipe.steps
     with one_thread(), torch.random.fork_rng():
-        at_once = seconds(lambda: pretrain_many(short, examples, block, range(len(block))), 2)
-        alone = seconds(lambda: pretrain_loop(short, examples, block[0], 0), 2)
+        at_once = seconds(lambda: _finished(short, pretrain_many(short, examples, block, range(len(block)))), 2)
+        alone = seconds(lambda: _finished(short, pretrain_loop(short, examples, block[0], 0)), 2)
     return {"ensemble": len(block) / (whole * at_once), "loop": 1 / (whole * alone)}
+
+
+def _finished(training: LMTraining, model: object) -> object:
+    """The model, once a GPU is done with it."""
+    if training.place.type == "cuda":
+        torch.cuda.synchronize(training.place)
+    return model

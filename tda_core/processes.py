@@ -43,17 +43,27 @@ def rows_by_process(compute: Callable[[Tensor], Tensor], n: int) -> Tensor:
 
 
 def measured_by_process(bank: TruthBank, masks: Tensor, seeds: Sequence[int]) -> Measured:
-    """`TruthBank.measure`, each process training some of the subsets on its own device; all get everything.
+    """`TruthBank.measure`, each process training some of what the bank lacks on its own device; all get everything.
 
-    The bank's folder must be one that all processes see.
+    The bank's folder must be one that all processes see. Raises RuntimeError, in all of them, where one has failed
+    (whose own error is its cause) and where models are missing that another has trained.
     """
-    accelerator = Accelerator()
+    accelerator, failed = Accelerator(), None
     own = replace(bank, training=replace(bank.training, device=str(accelerator.device)))
-    with accelerator.split_between_processes(list(range(len(masks)))) as share:
-        if share:
-            own.measure(masks[share], seeds, n_jobs=1, progress=accelerator.is_main_process)
-    accelerator.wait_for_everyone()
-    return bank.measure(masks, seeds, progress=False)  # which all of them left there
+    lacking = own.missing(masks, seeds)
+    accelerator.wait_for_everyone()  # all have looked before one adds to it
+    with accelerator.split_between_processes(lacking) as share:
+        try:
+            own.fill(masks, share, n_jobs=1, progress=accelerator.is_main_process)
+        except Exception as error:  # the others must not wait for this process forever
+            failed = error
+    errors = gather_object([None if failed is None else repr(failed)])
+    if any(errors):
+        process = next(i for i, said in enumerate(errors) if said)
+        raise RuntimeError(f"process {process} has failed: {errors[process]}") from failed
+    if lacking := own.missing(masks, seeds):
+        raise RuntimeError(f"{len(lacking)} models are not in {bank.folder}: it must be one that all processes see")
+    return own.measure(masks, seeds, n_jobs=1, progress=False)
 
 
 def losses_by_process(model: LanguageModel, examples: Examples) -> Tensor:

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tda_core.store import CorruptFile, canonical, load_tensors, save_tensors
+from tda_core.store import CorruptFile, load_tensors, save_tensors
 from tda_core.text_pairs import TextPairs
 
 VERSION, SIGN = 1, "proponents_positive"
@@ -53,7 +53,10 @@ class About:
         for name in ("method", "target"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name).strip():
                 raise ValueError(f"{name} must be a name, got {getattr(self, name)!r}")
-        canonical(self.parameters, "parameters")
+        try:
+            json.dumps(self.parameters, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"parameters must be what JSON can hold, got {self.parameters!r}") from error
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,13 +1,12 @@
 """Matrices of scores that other packages give, as score files: their axes are known by name, their sign is said.
 
-    file = from_package(matrix, "traker", sign="proponents_positive", target="margin")
+    file = from_package(matrix, About("traker", target="margin"), sign="proponents_positive")
 
 What a package calls a score depends on how it was asked: of a loss, or of a margin; the effect of a training example,
 or of its removal. So the sign has no default. `metrics.check_sign` tells by a ground truth where it is in doubt.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,20 +22,19 @@ SIGNS = {"proponents_positive": 1.0, "proponents_negative": -1.0}
 
 def from_package(
     matrix: Tensor | np.ndarray | Mapping[str, Tensor],
-    package: str,
+    about: About,
     *,
     sign: str,
-    target: str,
     train: Items | None = None,
     queries: Items | None = None,
-    **about: Any,
 ) -> ScoreFile:
-    """The score file of a matrix as `package` gives it.
+    """The score file of a matrix as the package that `about.method` begins with gives it ("traker", "dattri/tracin").
 
     matrix: for kronfluence what `load_pairwise_scores` gives, too; scores of several modules are summed. sign:
     "proponents_positive" or "proponents_negative", which is turned. train, queries: what they are, numbered by default.
-    about: other fields of `About`. Raises ValueError for an unknown package or sign, and as `ScoreFile` does.
+    Raises ValueError for an unknown package or sign, and as `ScoreFile` does.
     """
+    package = about.method.partition("/")[0]
     if package not in QUERY_AXIS:
         raise ValueError(f"unknown package {package!r}, expected one of {', '.join(QUERY_AXIS)}; for others ScoreFile")
     if sign not in SIGNS:
@@ -50,4 +48,4 @@ def from_package(
         raise ValueError(f"a matrix of scores has two axes, got shape {tuple(scores.shape)}")
     scores = SIGNS[sign] * (scores if QUERY_AXIS[package] == 0 else scores.T)
     q, n = scores.shape
-    return ScoreFile(scores, About(package, target, **about), train or Items.numbered(n), queries or Items.numbered(q))
+    return ScoreFile(scores, about, train or Items.numbered(n), queries or Items.numbered(q))

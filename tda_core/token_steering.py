@@ -147,7 +147,9 @@ class TokenOperators:
         """
         table = queries if isinstance(queries, TokenTable) else self.table(queries)
         measured = self._first_order if first_order else self._measured
-        budget = min(self.settings.budget, 16 * cached_logits(self.matrices.device))
+        # as many positions as the cache holds the logits of, and enough for reading an operator to pay
+        logits = max(cached_logits(self.matrices.device), self.matrices[0].numel())
+        budget = min(self.settings.budget, 16 * logits)
         source = Source(table, Head.of(self.model), self.settings.layer is None, self.common, budget)
         return measured(source).T.contiguous().cpu()
 
@@ -165,20 +167,22 @@ class TokenOperators:
 
     def _first_order(self, source: Source) -> Tensor:
         """Slopes of the losses: (K, q). Operators are read once for as many queries as the budget holds slopes of."""
-        queries = torch.arange(len(source.table)).split(source.table.lengths.tolist())
-        together = max(1, self.settings.budget // (4 * self.matrices[0].numel())) if self.common is None else 1
+        queries, form = torch.arange(len(source.table)).split(source.table.lengths.tolist()), self.matrices[0].shape
+        together = max(1, self.settings.budget // (4 * form.numel()))
         found = []
         for start in range(0, len(queries), together):
-            some, columns = queries[start : start + together], source.columns(source.table.targets[queries[start]])
-            slopes = [self._slope(source, rows, columns).flatten() for rows in some]
-            matrices = self.matrices if columns is None else self.matrices[:, :, columns]
-            found.append(matrices.flatten(1) @ torch.stack(slopes, 1))
+            some = queries[start : start + together]
+            slopes = self.matrices.new_zeros(len(some), *form)
+            for slope, rows in zip(slopes, some, strict=True):
+                self._add_slope(slope, source, rows)
+            found.append(self.matrices.flatten(1) @ slopes.flatten(1).T)
         return torch.cat(found, 1)
 
-    def _slope(self, source: Source, rows: Tensor, columns: Tensor | None) -> Tensor:
-        """P' sum_t h_t (e_y - p_t)' of one query: (r, c)."""
-        blocks = (block for _, block in source.blocks(rows, columns))
-        return sum((block.hidden @ self.projection).T @ block.pushes() for block in blocks)
+    def _add_slope(self, slope: Tensor, source: Source, rows: Tensor) -> None:
+        """P' sum_t h_t (e_y - p_t)' of one query (r, V), 0 for tokens that its log-softmax leaves out."""
+        columns = source.columns(source.table.targets[rows])
+        for _, block in source.blocks(rows, columns):
+            slope[:, slice(None) if columns is None else columns] += (block.hidden @ self.projection).T @ block.pushes()
 
 
 def fixed_basis(settings: TokenSteering, moment: Tensor, *, seed: int) -> Tensor:

@@ -82,7 +82,7 @@ class TokenStride:
         indices, indptr = tensors["indices"].numpy(), tensors["indptr"].numpy()
         ones = np.ones(len(indices), dtype=np.float32)
         membership = sparse.csc_array((ones, indices, indptr), shape=(len(matrices), len(train)))
-        made_for, first_order = metadata["made_for"]["data"], metadata["first_order"]
+        made_for, first_order = metadata["made_for"]["data"], metadata.get("first_order", False)
         return cls(membership, operators, recovery, tensors["losses"], made_for, first_order)
 
 

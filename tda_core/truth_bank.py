@@ -6,8 +6,8 @@
 
 A bank is a folder: copy it to share it, `merge` those of several machines. Its header says what it was made with; a
 bank of another recipe, other documents or other queries is refused. A model is trained as if it were alone, so a bank
-that grew equals one that was made at once: bit for bit on one machine where documents are equally long, else up to
-rounding (a block's batches are as wide as its longest document).
+that grew equals one that was made at once: bit for bit on one machine's CPU where documents are equally long, else up
+to rounding (a block's batches are as wide as its longest document).
 """
 
 import json
@@ -42,8 +42,8 @@ OWN = 128
 class Measured:
     """Ground truths at each checkpoint and at the end, in order of steps, and what the models cost.
 
-    own: (k, m, s) mean loss of documents that a model was trained on, nats a token. seconds: (m, s) of CPU time, or of
-    a GPU's.
+    own: (k, m, s) mean loss of documents that a model was trained on, nats a token. seconds: (m, s) of CPU time; on a
+    GPU, of wall-clock time.
     """
 
     steps: tuple[int, ...]
@@ -110,22 +110,27 @@ class TruthBank:
         blocks go to a cluster); on a GPU blocks follow each other, and `measured_by_process` takes several. Raises
         ValueError for bad masks and repeated seeds.
         """
-        if not len(seeds) or len(set(seeds)) != len(seeds):
-            raise ValueError(f"seeds must be distinct and at least one, got {list(seeds)}")
-        if masks.dtype != torch.bool or masks.ndim != 2 or masks.shape[1] != len(self.examples):
-            expected = f"boolean (m, {len(self.examples)})"
-            raise ValueError(f"masks must be {expected}, got {masks.dtype} {tuple(masks.shape)}")
-        pairs = [(i, int(seed)) for seed in seeds for i in range(len(masks))]
-        found = {pair: self._load(masks[pair[0]], pair[1]) for pair in pairs}
-        missing = [pair for pair in pairs if found[pair] is None]
-        with tqdm(total=len(pairs), desc="pre-training", unit="model", disable=not progress) as bar:
-            bar.update(len(pairs) - len(missing))
-            for block, results in self._train(masks, missing, n_jobs):
+        found = self._held(masks, seeds)
+        missing = [pair for pair, held in found.items() if held is None]
+        found |= self.fill(masks, missing, n_jobs=n_jobs, progress=progress)
+        return self._gather(masks, seeds, found)
+
+    def missing(self, masks: Tensor, seeds: Sequence[int]) -> list[tuple[int, int]]:
+        """What `measure` would train: (row of masks, seed)."""
+        return [pair for pair, held in self._held(masks, seeds).items() if held is None]
+
+    def fill(
+        self, masks: Tensor, pairs: Sequence[tuple[int, int]], *, n_jobs: int = -1, progress: bool = True
+    ) -> dict[tuple[int, int], dict[str, Tensor]]:
+        """Train the models of these (row of masks, seed), a block at a time, and keep what they measured."""
+        found = {}
+        with tqdm(total=len(pairs), desc="pre-training", unit="model", disable=not progress or not pairs) as bar:
+            for block, results in self._train(masks, list(pairs), n_jobs):
                 for (i, seed), result in zip(block, results, strict=True):
                     save_tensors(self.path(masks[i], seed), result, {"kind": "banked model", "seed": seed})
                     found[i, seed] = result
                 bar.update(len(block))
-        return self._gather(masks, seeds, found)
+        return found
 
     def merge(self, folder: Path | str) -> int:
         """Copy what another bank has and this one lacks; how many models. ValueError for a bank of other things."""
@@ -140,6 +145,15 @@ class TruthBank:
             shutil.copyfile(file, self.folder / f"{file.name}.partial")
             (self.folder / f"{file.name}.partial").replace(self.folder / file.name)
         return len(new)
+
+    def _held(self, masks: Tensor, seeds: Sequence[int]) -> dict[tuple[int, int], dict[str, Tensor] | None]:
+        """What the bank has of each (row of masks, seed)."""
+        if not len(seeds) or len(set(seeds)) != len(seeds):
+            raise ValueError(f"seeds must be distinct and at least one, got {list(seeds)}")
+        if masks.dtype != torch.bool or masks.ndim != 2 or masks.shape[1] != len(self.examples):
+            expected = f"boolean (m, {len(self.examples)})"
+            raise ValueError(f"masks must be {expected}, got {masks.dtype} {tuple(masks.shape)}")
+        return {(i, int(seed)): self._load(masks[i], int(seed)) for seed in seeds for i in range(len(masks))}
 
     def _load(self, mask: Tensor, seed: int) -> dict[str, Tensor] | None:
         path = self.path(mask, seed)

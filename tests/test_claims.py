@@ -186,16 +186,22 @@ def test_a_wrong_claim_is_named(papers, old, new, words):
 
 def test_what_was_not_run_says_which_profiles_run_it(papers):
     (papers / "demo" / "claims.toml").write_text(TOML)
-    variants = (
-        '[variants.mnist]\ndataset = "mnist"\nprofiles = ["laptop", "paper"]\n[variants.digits]\ndataset = "digits"\n'
-    )
+
+    def variant(name, dataset, profiles=""):
+        return f'[variants.{name}]\ndataset = "{dataset}"\n{profiles}\n'
 
     def verdicts(profiles, metrics=None):
         (papers / "demo" / "profiles.toml").write_text(profiles)
         return [row.verdict for row in claims.claims_table("demo", metrics or {})]
 
-    assert verdicts(variants) == [NOT_RUN, f"{NOT_RUN}, but at laptop and paper"]
-    assert verdicts('[variants.x]\ndataset = "x"') == [f"{NOT_RUN}, nor at another"] * 2
+    variants = variant("mnist", "mnist", 'profiles = ["laptop", "paper"]') + variant("digits", "digits")
+    assert verdicts(variants) == [NOT_RUN, f"{NOT_RUN} (it is part of laptop and paper)"]
+    assert verdicts(variant("x", "x")) == [f"{NOT_RUN}, nor at another"] * 2
+    assert verdicts(variant("mnist", "x") + variant("digits", "y")) == [NOT_RUN] * 2
+    more = (
+        variants + variant("linear", "digits", 'profiles = ["paper"]') + variant("s", "mnist", 'profiles = ["smoke"]')
+    )
+    assert verdicts(more) == [NOT_RUN, f"{NOT_RUN} (it is part of laptop and paper and smoke)"]
     assert verdicts(variants, {"mnist/lds/other": entry(1.0)})[1] == NOT_MEASURED
     assert verdicts(variants, {"mnist/lds/x": entry(0.61, 0.52, 0.7)}) == [NOT_RUN, HOLDS]
 

@@ -121,7 +121,7 @@ def families(n=120):
     """Two tasks of one's own, one of them three times as large, with some pairs that fit no window."""
     sums = [(f"what is {i} and {i + 1} ?", f" {2 * i + 1}") for i in range(n)]
     names = [(f"name number {i} :", f" n{i}") for i in range(n // 3)]
-    long = [("word " * 60, f" {i}") for i in range(9)]
+    long = [("word " * 60 + f"{i}", f" {i}") for i in range(9)] + [("name number 1 :", " again")] * 5
     return {"sums": TextPairs(*zip(*sums, strict=True)), "names": TextPairs(*zip(*names, *long, strict=True))}
 
 
@@ -137,6 +137,7 @@ def test_pairs_of_ones_own_are_shared_out_by_family():
     tokenizer = mixture.pretraining.tokenizer
     assert max(len(tokens) for tokens in tokenizer(["".join(pair) for pair in pairs])["input_ids"]) <= 40
     assert all("word" not in prompt for prompt, _ in pairs), "what fits no window is left out"
+    assert "name number 1 : again" not in [*texts, *map("".join, pairs)], "and so are prompts that were there before"
     for part in PARTS:
         own = getattr(mixture, part)
         for (prompt, _), family in zip(own.pairs.pairs, own.families.tolist(), strict=True):
@@ -149,6 +150,8 @@ def test_pairs_of_ones_own_are_shared_out_by_family():
 
 def test_data_sets_by_name(monkeypatch, tmp_path):
     monkeypatch.setenv("TDA_DATA_DIR", str(tmp_path))
+    monkeypatch.setattr("tda_core.paths.data_dirs", lambda: [tmp_path])
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: None)
     assert not is_available("flan") and where_to_put("flan").count("fetch train/") == 4
     for file in map(hub_file, MIXTURES["flan"]):
         path = tmp_path / "hub" / file.repository / file.name

@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from accelerate import debug_launcher
+from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState, PartialState
 from language_toys import VOCABULARY, language_model, text_pairs
 
@@ -63,6 +63,7 @@ def measures(folder):
     own = TruthBank._train
     TruthBank._train = lambda self, some, missing, n_jobs: trained.extend(missing) or own(self, some, missing, n_jobs)
     losses = measured_by_process(bank, masks, [0, 1]).last.losses
+    assert torch.equal(measured_by_process(bank, masks, [0, 1]).last.losses, losses), "nothing is lacking any more"
     torch.save((len(trained), losses), folder / f"{PartialState().process_index}.pt")
 
 
@@ -91,12 +92,30 @@ def test_two_processes_give_what_one_gives(tmp_path):
 
 
 def test_two_processes_share_a_ground_truth(tmp_path):
+    bank, masks = bank_in(tmp_path / "bank")
+    bank.measure(masks[:1], [0, 1], n_jobs=1)
     debug_launcher(measures, (tmp_path,), num_processes=2)
     (first, one), (second, two) = (torch.load(tmp_path / f"{i}.pt") for i in range(2))
-    assert (first, second) == (4, 2), "3 subsets of 2 seeds each: two subsets and one, none of them twice"
+    assert (first, second) == (2, 2), "of 6 models two were there before, and none is trained twice"
     bank, masks = bank_in(tmp_path / "alone")
     assert torch.equal(one, two)
     torch.testing.assert_close(one, bank.measure(masks, [0, 1], n_jobs=1).last.losses, rtol=1e-4, atol=1e-5)
+
+
+def diverges(folder):
+    torch.set_num_threads(1)
+    bank, masks = bank_in(folder / "bank")
+    if Accelerator().process_index == 1:
+        TruthBank._train = lambda *_: (_ for _ in ()).throw(FloatingPointError("training diverged"))
+    with pytest.raises(RuntimeError, match="process 1 has failed: FloatingPointError"):
+        measured_by_process(bank, masks, [0, 1])
+    (folder / str(PartialState().process_index)).touch()
+
+
+def test_a_process_that_fails_is_an_error_in_all(tmp_path):
+    debug_launcher(diverges, (tmp_path,), num_processes=2)
+    assert {"0", "1"} <= {path.name for path in tmp_path.iterdir()}
+    assert bank_in(tmp_path / "bank")[0].n_models == 3, "what the other has trained is kept"
 
 
 def test_a_share_of_another_length_is_refused_by_all(tmp_path):

@@ -127,7 +127,7 @@ def test_measurements_are_falls_of_the_loss_under_each_operator():
 
 
 @pytest.mark.parametrize("changes", [{}, {"layer": 0.5, "basis": "linear", "rank": 3}, {"restricted": 6}])
-def test_first_order_measurements_are_slopes(changes, monkeypatch):
+def test_first_order_measurements_are_slopes(changes):
     operators, _ = fitted(FULL.but(**changes))
     small = dataclasses.replace(operators, matrices=operators.matrices * 1e-2)
     found, expected = operators.measurements(QUERIES, first_order=True), small.measurements(QUERIES) * 100

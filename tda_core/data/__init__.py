@@ -15,7 +15,7 @@ examples to train on and have a loader of their own, `tda_core.data.released.loa
 text, which `tda_core.corpora.load_corpus` cuts into documents; and the data sets of `MIXTURES`, prompts with responses
 by family, which `tda_core.instruction_mixture.named_mixture` splits.
 
-This module imports neither torch nor scikit-learn, so that `is_available` costs nothing.
+This module imports neither torch nor scikit-learn, so that `is_available` costs nothing, but for mixtures.
 """
 
 from collections.abc import Callable

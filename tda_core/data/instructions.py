@@ -20,6 +20,7 @@ then downloaded into that. A file of one's own: `read_pairs("my.csv", Form(("{qu
 
 import csv
 import hashlib
+import importlib.util
 import io
 import json
 import string
@@ -160,14 +161,16 @@ def hub_file(name: str) -> HubFile:
 
 
 def find_pairs(name: str) -> Path | None:
-    """The file of a name in the table above, from a data folder or the hub's cache, or None; nothing is downloaded."""
+    """The file of a name in the table above, from a data folder or the hub's cache; nothing is downloaded. None where
+    it is not there, or is parquet and `pyarrow` is not."""
     import huggingface_hub
 
     file = hub_file(name)
     options = {"repo_type": "dataset", "revision": file.revision}
     cached = huggingface_hub.try_to_load_from_cache(file.repository, file.name, **options)
     found = [*file.places, *([Path(cached)] if isinstance(cached, str) else [])]
-    return next((place for place in found if place.is_file()), None)
+    readable = not file.name.endswith(".parquet") or importlib.util.find_spec("pyarrow")
+    return next((place for place in found if place.is_file()), None) if readable else None
 
 
 def read_pairs(path: str | Path, form: Form) -> TextPairs:
