@@ -34,6 +34,7 @@ from tda_core.threads import one_thread
 
 log = logging.getLogger(__name__)
 HEADER, ENDING = "bank.json", ".safetensors"
+MODELS = f"[0-9a-f]*{ENDING}"  # and not what a killed writer has left
 # Of each model's own documents, how many its training loss is measured on
 OWN = 128
 
@@ -101,7 +102,7 @@ class TruthBank:
     @property
     def n_models(self) -> int:
         """How many models the bank holds."""
-        return len(list(self.folder.glob(f"*{ENDING}")))
+        return len(list(self.folder.glob(MODELS)))
 
     def measure(self, masks: Tensor, seeds: Sequence[int], *, n_jobs: int = -1, progress: bool = True) -> Measured:
         """The losses of every subset and seed: those that the bank has, and the others trained, a block at a time.
@@ -139,7 +140,7 @@ class TruthBank:
         if not path.is_file():
             raise ValueError(f"{folder} holds no bank: {HEADER} is missing")
         check_header(path, json.loads(path.read_text(encoding="utf-8")), self.header)
-        new = [file for file in sorted(folder.glob(f"*{ENDING}")) if not (self.folder / file.name).exists()]
+        new = [file for file in sorted(folder.glob(MODELS)) if not (self.folder / file.name).exists()]
         for file in new:
             load_tensors(file)  # a damaged file is refused here, by its checksum
             shutil.copyfile(file, self.folder / f"{file.name}.partial")

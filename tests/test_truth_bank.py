@@ -94,6 +94,13 @@ def test_banks_merge(tmp_path, trained):
         both.merge(tmp_path)
 
 
+def test_what_a_killed_writer_has_left_is_no_model(tmp_path, trained):
+    measure(bank(tmp_path / "one"), MASKS[:2], (0,))
+    (tmp_path / "one" / ".tda-partial-0123456789ab-cdef-0.safetensors").write_bytes(b"half")
+    other = bank(tmp_path / "other")
+    assert bank(tmp_path / "one").n_models == other.merge(tmp_path / "one") == other.n_models == 2
+
+
 def test_a_damaged_model_of_another_bank_is_not_merged(tmp_path, trained):
     other = bank(tmp_path / "other")
     measure(other, MASKS[:1], (0,))
