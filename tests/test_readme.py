@@ -6,10 +6,12 @@ import torch
 from language_toys import language_model
 
 from tda_core import paths
+from tda_core.gallery import main as gallery_of
+from tda_core.score_file import ScoreFile
 
 
 def test_the_code_attributes_a_model(tmp_path, monkeypatch):
-    first, of_language, of_documents, second, third = re.findall(
+    first, of_language, of_documents, of_scores, second, third = re.findall(
         r"```python\n(.*?)```", paths.README.read_text(), re.DOTALL
     )
     monkeypatch.chdir(tmp_path)
@@ -30,6 +32,9 @@ def test_the_code_attributes_a_model(tmp_path, monkeypatch):
     assert len([line for line in of_documents.splitlines() if line]) <= 10
     exec(of_documents, of_names)
     assert of_names["closed"].shape == of_names["recovered"].shape == (1, 2)
+    exec(of_scores, of_names)
+    assert ScoreFile.load("stride.safetensors").scores.equal(of_names["recovered"])
+    assert gallery_of(["stride.safetensors", "-o", "gallery.html"]) == 0
     exec(second, names)
     assert 0 in names["top"].proponents and names["top"].proponents.shape == (1, 5)
     assert names["index"].dtype == "int8" and names["index"].ids.tolist() == list(range(3, 202))
