@@ -1,0 +1,89 @@
+"""Do scores find the examples that are known to matter: recall among the strongest, and the rank of the first.
+
+Scores are often tied, those of a method that counts shared words most of all: where nothing is shared, everything is.
+What is given is the expectation over all orders of what is tied, so that no method gains or loses by how a sort breaks
+ties. Intervals are over queries.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from scipy.special import gammaln
+from scipy.stats import rankdata
+from torch import Tensor
+
+from tda_core.estimates import Estimate, mean_estimate
+
+
+def recall(scores: Tensor, relevant: Tensor, k: int) -> Estimate:
+    """Share of a query's relevant examples that are among its k highest scores, mean over queries.
+
+    scores: (q, n), finite. relevant: (q, n) bool, one or more a query. Raises ValueError for other shapes, scores that
+    are not finite, a query without a relevant example, and k outside 1..n.
+    """
+    _check(scores, relevant)
+    n = scores.shape[1]
+    if not 1 <= k <= n:
+        raise ValueError(f"k must lie in 1..{n}, got {k}")
+    shares = []
+    for row, own in zip(scores.double(), relevant, strict=True):
+        higher, tied = _places(row, row[own])
+        shares.append(((k - higher) / tied).clamp(0, 1).mean())
+    return mean_estimate(torch.stack(shares))
+
+
+def reciprocal_rank(scores: Tensor, relevant: Tensor) -> Estimate:
+    """1 / rank of a query's first relevant example, mean over queries (MRR). Arguments and errors as of `recall`.
+
+    With g examples above the best relevant score, t at it and r of these relevant, the first of the r stands at place j
+    among the t with probability C(t - j, r - 1) / C(t, r).
+    """
+    _check(scores, relevant)
+    values = []
+    for row, own in zip(scores.double(), relevant, strict=True):
+        best = row[own].max()
+        higher, tied = (int(x) for x in _places(row, best[None]))
+        r = int((row[own] == best).sum())
+        j = torch.arange(1, tied - r + 2, dtype=torch.float64)
+        log_chance = _log_choose(tied - j, r - 1) - _log_choose(torch.tensor([tied]), r)
+        values.append((log_chance.exp() / (higher + j)).sum())
+    return mean_estimate(torch.stack(values))
+
+
+def combined(scores: Sequence[Tensor]) -> Tensor:
+    """Scores of several methods as one: the mean of each query's ranks, from 0 (lowest) to 1, ties at their mean.
+
+    scores: (q, n) each. Methods have no common unit, and ranks need none. Raises ValueError for none, and for shapes
+    that differ.
+    """
+    if not scores:
+        raise ValueError("combined needs the scores of one method or more, got none")
+    if len({tuple(one.shape) for one in scores}) > 1 or scores[0].ndim != 2:
+        raise ValueError(f"scores must all be (q, n), got {[tuple(one.shape) for one in scores]}")
+    n = scores[0].shape[1]
+    ranks = [torch.from_numpy(rankdata(one.double().numpy(), axis=1)) for one in scores]
+    return sum((rank - 1) / max(n - 1, 1) for rank in ranks) / len(scores)
+
+
+def _places(row: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """How many scores are above each of these, and how many equal it."""
+    ordered = row.sort().values
+    first = torch.searchsorted(ordered, values)
+    last = torch.searchsorted(ordered, values, right=True)
+    return len(row) - last, last - first
+
+
+def _log_choose(n: Tensor, k: int) -> Tensor:
+    return torch.from_numpy(gammaln(n.numpy() + 1.0) - gammaln(k + 1.0) - gammaln(n.numpy() - k + 1.0))
+
+
+def _check(scores: Tensor, relevant: Tensor) -> None:
+    if scores.ndim != 2 or relevant.shape != scores.shape or relevant.dtype != torch.bool or not scores.numel():
+        got = f"{tuple(scores.shape)} and {relevant.dtype} {tuple(relevant.shape)}"
+        raise ValueError(f"scores must be (q, n) and relevant boolean of the same shape, got {got}")
+    if not torch.isfinite(scores).all():
+        query, example = (~torch.isfinite(scores)).nonzero()[0].tolist()
+        raise ValueError(f"the score of query {query} and example {example} is {float(scores[query, example])}")
+    none = (~relevant.any(1)).nonzero()
+    if len(none):
+        raise ValueError(f"query {int(none[0])} has no relevant example: there is nothing to find")
