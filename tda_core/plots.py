@@ -224,11 +224,10 @@ def tradeoff(
     figure, axis = plt.subplots(figsize=(11, 6.5))
     for index, (name, (cost, quality)) in enumerate(sorted(points.items(), key=lambda item: item[1][0])):
         low, high = interval_ends(quality)
-        # another marker with a colour that comes again
-        colour, marker = PALETTE[index % len(PALETTE)], MARKERS[(index + index // len(PALETTE)) % len(MARKERS)]
-        filled = colour if name in ours else "white"
+        look = _look(index)
+        filled = look["color"] if name in ours else "white"
         bars = [[quality.value - low], [high - quality.value]]
-        look = {"color": colour, "marker": marker, "markersize": 12, "markerfacecolor": filled, "markeredgewidth": 2.5}
+        look |= {"markersize": 12, "markerfacecolor": filled, "markeredgewidth": 2.5}
         axis.errorbar([cost], [quality.value], yerr=bars, linestyle="", capsize=4, label=name.replace("_", " "), **look)
     for name, cost in lines.items():
         axis.axvline(cost, color=GREY, linestyle="--", linewidth=2, label=name)
@@ -259,8 +258,13 @@ def _series(axis: plt.Axes, x: Sequence[float], series: Mapping[str, Sequence[fl
     for index, (name, values) in enumerate(series.items()):
         if len(values) != len(x):
             raise ValueError(f"series {name!r} has {len(values)} values, but x has {len(x)}")
-        look = {"color": PALETTE[index % len(PALETTE)], "marker": MARKERS[index % len(MARKERS)]}
-        axis.plot(x, values, label=name.replace("_", " "), linewidth=2.5, markersize=8, **look)
+        axis.plot(x, values, label=name.replace("_", " "), linewidth=2.5, markersize=8, **_look(index))
+
+
+def _look(index: int) -> dict[str, str]:
+    """Colour and marker of a series: a colour that comes again has another marker."""
+    marker = MARKERS[(index + index // len(PALETTE)) % len(MARKERS)]
+    return {"color": PALETTE[index % len(PALETTE)], "marker": marker}
 
 
 def _image(axis: plt.Axes, example: tuple[np.ndarray, str], colour: str) -> None:

@@ -187,22 +187,18 @@ class ScoreFile:
         train = _items(blocks[0][0], "train")
         if train is None:
             raise ValueError(f"{paths[0]} names no training examples: is the first block missing?")
-        expected = 0
+        expected, about = 0, blocks[0][1]["about"]
         for one, (_, header) in zip(paths, blocks, strict=True):
-            if header["rows"][0] != expected:
-                raise ValueError(
-                    f"{one} begins at query {header['rows'][0]}, but expected {expected}: a block is missing"
-                )
-            expected = header["rows"][1]
-            if header["about"] != blocks[0][1]["about"]:
-                raise ValueError(
-                    f"{one} and {paths[0]} are of different runs: {header['about']}, {blocks[0][1]['about']}"
-                )
+            start, expected_start, expected = header["rows"][0], expected, header["rows"][1]
+            if start != expected_start:
+                raise ValueError(f"{one} begins at query {start}, but expected {expected_start}: a block is missing")
+            if header["about"] != about:
+                raise ValueError(f"{one} and {paths[0]} are of different runs: {header['about']}, {about}")
         if expected != header["rows"][2]:
             raise ValueError(f"{path} ends at query {expected} of {header['rows'][2]}: a block is missing")
         parts = [_items(tensors, "query") for tensors, _ in blocks]
         scores = torch.cat([tensors["scores"] for tensors, _ in blocks])
-        return cls(scores, About(**blocks[0][1]["about"]), train, _joined(parts))
+        return cls(scores, About(**about), train, _joined(parts))
 
     def describe(self) -> str:
         """What the file holds, in some lines."""

@@ -54,12 +54,12 @@ def grouped_bars(values: Mapping[str, Sequence[float]], groups: Sequence[str], l
         if len(heights) != len(groups):
             raise ValueError(f"series {name!r} has {len(heights)} values, but there are {len(groups)} groups")
         places = np.arange(len(groups)) - 0.4 + (index + 0.5) * width
-        axis.bar(places, heights, width, label=name, color=_shade(index))
+        axis.bar(places, heights, width, label=name.replace("_", " "), color=_shade(index))
     axis.axhline(0, color="black", linewidth=1)
     axis.set_xticks(range(len(groups)), [group.replace(" ", "\n") for group in groups])
     axis.grid(False, axis="x")
     axis.set(xlabel=labels.x, ylabel=labels.y, title=labels.title)
-    axis.legend(loc="upper right")
+    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))  # where it covers no bar
     return figure
 
 

@@ -119,6 +119,11 @@ def test_curves_hold_their_values_and_references():
     assert plots.curves([1, 2], {"a": [1, 2]}, labels).axes[0].get_xscale() == "linear"
 
 
+def test_many_curves_are_told_apart():
+    figure = plots.curves([1, 2], {f"s{i}": [i, i] for i in range(20)}, plots.Labels("x"))
+    assert len({(line.get_color(), line.get_marker()) for line in figure.axes[0].lines}) == 20
+
+
 def test_curves_refuse_unequal_lengths():
     with pytest.raises(ValueError, match="series 'b' has 2 values, but x has 3"):
         plots.curves([1, 2, 3], {"a": [1, 2, 3], "b": [1, 2]}, plots.Labels("x"))
