@@ -5,7 +5,7 @@ gives something with scores(queries).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from tda_core.examples import hash_of
 from tda_core.lm_bench import LMBench, Subject
 from tda_core.speed import Watched, watched
 from tda_core.store import Store
+from tda_core.text_pairs import TextPairs
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,21 @@ def judge(bench: LMBench, method: Method, *, name: str = "", store: Store | None
     setting = bytes(kept["setting"].tolist()).decode().strip("\0")
     cost = build, query, None if math.isinf(peak) else peak
     return Judged(found, setting, *cost, bench.lds(found), bench.lds(found, raw=True))
+
+
+def scores_by_setting(
+    subject: Subject, method: Method, queries: Mapping[str, TextPairs], settings: Sequence[Any] | None = None
+) -> dict[Any, dict[str, Tensor]]:
+    """Scores of sets of queries by setting and the set's name, (q, n) each: for a choice by something else than LDS.
+
+    settings: some of the method's, all by default; what they share is prepared once.
+    """
+    prepared, found = method.prepare(subject), {}
+    asked = {name: pairs if method.texts else subject.model.examples(pairs) for name, pairs in queries.items()}
+    for setting in method.settings if settings is None else settings:
+        answer = method.finish(prepared, setting)
+        found[setting] = {name: answer.scores(of) for name, of in asked.items()}
+    return found
 
 
 def costs(subject: Subject, method: Method) -> tuple[float, float, float | None]:

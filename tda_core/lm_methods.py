@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 from torch import Tensor
 
 from tda_core import text_similarity
+from tda_core.adapter_products import KINDS, STARTS, AdapterProducts
 from tda_core.bm25 import bm25
 from tda_core.designs import balanced
 from tda_core.examples import Examples
@@ -117,6 +119,31 @@ def steering_methods(n_operators: int, degree: int, rank: int, steps: int) -> di
         "stride/tuned": Method(partial(prepare, steering=tuned), finish, recoveries),
         "stride_first_order/tuned": Method(partial(prepare, steering=tuned, first_order=True), finish, recoveries),
     }
+
+
+def without_truth(n_operators: int, degree: int, rank: int = 64) -> dict[str, Method]:
+    """The methods and controls that need no ground truth: what applications compare. Arguments as of
+    `steering_methods`; layers' gradients are those of all matrices."""
+    names = ("random", "length", "tfidf", "ngram_tfidf", "bm25/tuned", "feature_similarity")
+    known = {
+        **{name: method for name, method in controls().items() if name in names},
+        **gradient_methods(("*weight",), 8),
+        **steering_methods(n_operators, degree, rank=rank, steps=2),
+        "forward_only/tuned": simulation(),
+        "adapter/tuned": adapter(),
+        "stride_closed_form/untuned": closed_forms()["stride_closed_form/untuned"],
+        "icp": probing(),
+    }
+    return {name.removesuffix("/tuned"): method for name, method in known.items()}
+
+
+def adapter() -> Method:
+    """Products of what a linear map before the output embedding would learn, see `adapter_products`."""
+
+    def fitted(bench: Subject, setting: tuple[str, str]) -> AdapterProducts:
+        return _holding(AdapterProducts(bench.model, bench.examples("train"), *setting), "own")
+
+    return Method(unprepared, fitted, list(product(STARTS, KINDS)))
 
 
 def simulation() -> Method:
