@@ -22,14 +22,20 @@ def recall(scores: Tensor, relevant: Tensor, k: int) -> Estimate:
     are not finite, a query without a relevant example, and k outside 1..n.
     """
     _check(scores, relevant)
-    n = scores.shape[1]
-    if not 1 <= k <= n:
-        raise ValueError(f"k must lie in 1..{n}, got {k}")
-    shares = []
-    for row, own in zip(scores.double(), relevant, strict=True):
-        higher, tied = _places(row, row[own])
-        shares.append(((k - higher) / tied).clamp(0, 1).mean())
+    shares = [found_shares(row, own, k).mean() for row, own in zip(scores, relevant, strict=True)]
     return mean_estimate(torch.stack(shares))
+
+
+def found_shares(scores: Tensor, relevant: Tensor, k: int) -> Tensor:
+    """For each relevant example the chance that it is among the k highest scores: (r,), 0 or 1 but for ties.
+
+    scores: (n,), finite. relevant: (n,) bool. Raises ValueError as `recall` does.
+    """
+    _check(scores[None], relevant[None])
+    if not 1 <= k <= len(scores):
+        raise ValueError(f"k must lie in 1..{len(scores)}, got {k}")
+    higher, tied = _places(scores.double(), scores.double()[relevant])
+    return ((k - higher) / tied).clamp(0, 1)
 
 
 def reciprocal_rank(scores: Tensor, relevant: Tensor) -> Estimate:
