@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import label_ranking_average_precision_score
 
-from tda_core.retrieval import combined, recall, reciprocal_rank
+from tda_core.retrieval import combined, found_shares, recall, reciprocal_rank
 
 
 def over_orders(row, own, k):
@@ -89,3 +89,26 @@ def test_bad_combinations():
         combined([])
     with pytest.raises(ValueError, match="must all be"):
         combined([torch.zeros(2, 3), torch.zeros(2, 4)])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=6), st.data())
+def test_found_shares_are_the_mean_over_all_orders_of_ties(values, data):
+    n = len(values)
+    k = data.draw(st.integers(1, n))
+    relevant = torch.tensor(data.draw(st.lists(st.booleans(), min_size=n, max_size=n).filter(any)))
+    totals, orders = torch.zeros(n), 0
+    for order in permutations(range(n)):
+        top = sorted(order, key=lambda i: -values[i])[:k]  # stable: ties stay in this order
+        totals[top] += 1
+        orders += 1
+    found = found_shares(torch.tensor(values).float(), relevant, k)
+    torch.testing.assert_close(found.float(), (totals / orders)[relevant])
+
+
+def test_found_shares_bad_input():
+    scores, relevant = torch.arange(3.0), torch.tensor([True, False, False])
+    with pytest.raises(ValueError, match=r"k must lie in 1\.\.3, got 4"):
+        found_shares(scores, relevant, 4)
+    with pytest.raises(ValueError, match="no relevant example"):
+        found_shares(scores, torch.zeros(3, dtype=torch.bool), 1)
