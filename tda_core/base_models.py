@@ -11,7 +11,6 @@ from tda_core.lm_bench import MODEL_SEED
 from tda_core.lm_recipes import LMRecipe
 from tda_core.pretraining import LMTraining, pretrain_many
 from tda_core.text_pairs import TextPairs
-from tda_core.token_rows import batches_of, lengths_of
 
 
 def base_model(
@@ -39,18 +38,3 @@ def base_model(
         LanguageModel(model, tokenizer).save(partial)
         partial.replace(folder)
     return LanguageModel.load(folder, device="cpu")
-
-
-def right_answers(model: LanguageModel, pairs: TextPairs) -> torch.Tensor:
-    """Whether greedy decoding gives exactly the response: (n,) bool, on the CPU.
-
-    It does where each of the response's tokens is the likeliest after those before it, which one pass tells.
-    """
-    examples = model.examples(pairs)
-    lengths, found = lengths_of(examples), torch.zeros(len(examples), dtype=torch.bool)
-    for rows in batches_of(lengths.tolist(), 4096):
-        inputs, targets = (x[rows, : int(lengths[rows].max())] for x in (examples.inputs, examples.targets))
-        with torch.no_grad():
-            likeliest = model.model(input_ids=inputs, use_cache=False).logits.argmax(-1)
-        found[rows] = ((likeliest == targets) | (targets < 0)).all(1).cpu()
-    return found

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tda_core.examples import Examples
-from tda_core.language import LanguageModel
+from tda_core.examples import IGNORED, Examples
+from tda_core.language import BATCH_TOKENS, LanguageModel
 from tda_core.models import mean_sequence_cross_entropy
 from tda_core.store import Store
 from tda_core.text_pairs import TextPairs
 from tda_core.threads import one_thread
+from tda_core.token_rows import batches_of, lengths_of
 
 
 @dataclass(frozen=True)
@@ -108,32 +109,63 @@ class Selections:
         *,
         store: Store | None = None,
     ) -> dict[str, Tensor]:
-        """Mean loss a token (nats) on the held-out pairs after fine-tuning on each choice: name -> (n_seeds,).
+        """Mean loss a token (nats) on the held-out pairs after fine-tuning on each choice: name -> (n_seeds,)."""
+        found = self.outcomes(model, held_out, setting, seeds, store=store)
+        return {name: values["loss"] for name, values in found.items()}
 
-        Runs go side by side, one thread each, on a GPU one by one; with a store, a stopped comparison goes on where it
-        stopped.
+    def outcomes(
+        self,
+        model: LanguageModel,
+        held_out: TextPairs,
+        setting: FineTuning,
+        seeds: Sequence[int],
+        *,
+        store: Store | None = None,
+    ) -> dict[str, dict[str, Tensor]]:
+        """What fine-tuning on each choice does to the held-out pairs: name -> "loss", "accuracy", each (n_seeds,).
+
+        loss: mean a token, in nats. accuracy: see `right_tokens`, mean over pairs. Runs go side by side, one thread
+        each, on a GPU one by one; with a store, a stopped comparison goes on where it stopped.
         """
         jobs = [(name, seed) for name in self.chosen for seed in seeds]
         key = {"model": model.identity, "held_out": held_out.hash, "setting": setting}
 
-        def run(name: str, seed: int) -> float:
+        def run(name: str, seed: int) -> dict[str, Tensor]:
             train = self.pool[self.chosen[name]]
 
             def compute() -> dict[str, Tensor]:
                 tuned = fine_tune(model, train, setting, seed=seed)
-                return {"loss": tuned.losses(held_out, "mean").mean()[None]}
+                loss, right = tuned.losses(held_out, "mean").mean(), right_tokens(tuned, held_out).mean()
+                return {"loss": loss[None], "accuracy": right[None]}
 
-            kept = store.get("tuned", key | {"train": train.hash, "seed": seed}, compute) if store else compute()
-            return float(kept["loss"])
+            return store.get("tuned", key | {"train": train.hash, "seed": seed}, compute) if store else compute()
 
         with one_thread():
             n_jobs = -1 if model.device.type == "cpu" else 1
             parallel = joblib.Parallel(n_jobs, backend="threading", return_as="generator")
             done = parallel(joblib.delayed(run)(*job) for job in jobs)
             found = list(tqdm(done, total=len(jobs), desc="fine-tuning", leave=False))
-        return {
-            name: torch.tensor([v for (n, _), v in zip(jobs, found, strict=True) if n == name]) for name in self.chosen
-        }
+
+        def gathered(name: str, what: str) -> Tensor:
+            return torch.cat([values[what] for (of, _), values in zip(jobs, found, strict=True) if of == name])
+
+        return {name: {what: gathered(name, what) for what in ("loss", "accuracy")} for name in self.chosen}
+
+
+def right_tokens(model: LanguageModel, pairs: TextPairs) -> Tensor:
+    """Share of each response's tokens that are the likeliest after those before them: (n,), on the CPU.
+
+    It is 1 exactly where greedy decoding gives the response.
+    """
+    examples = model.examples(pairs)
+    lengths, found = lengths_of(examples), torch.zeros(len(examples))
+    for rows in batches_of(lengths.tolist(), BATCH_TOKENS):
+        inputs, targets = (x[rows, : int(lengths[rows].max())] for x in (examples.inputs, examples.targets))
+        with torch.no_grad():
+            likeliest = model.model(input_ids=inputs, use_cache=False).logits.argmax(-1)
+        labelled = targets != IGNORED
+        found[rows] = (((likeliest == targets) & labelled).sum(1) / labelled.sum(1)).cpu()
+    return found
 
 
 def top_rows(scores: Tensor, k: int) -> Tensor:

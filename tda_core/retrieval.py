@@ -21,9 +21,13 @@ def recall(scores: Tensor, relevant: Tensor, k: int) -> Estimate:
     scores: (q, n), finite. relevant: (q, n) bool, one or more a query. Raises ValueError for other shapes, scores that
     are not finite, a query without a relevant example, and k outside 1..n.
     """
+    return mean_estimate(recalls(scores, relevant, k))
+
+
+def recalls(scores: Tensor, relevant: Tensor, k: int) -> Tensor:
+    """`recall` of each query: (q,)."""
     _check(scores, relevant)
-    shares = [found_shares(row, own, k).mean() for row, own in zip(scores, relevant, strict=True)]
-    return mean_estimate(torch.stack(shares))
+    return torch.stack([found_shares(row, own, k).mean() for row, own in zip(scores, relevant, strict=True)])
 
 
 def found_shares(scores: Tensor, relevant: Tensor, k: int) -> Tensor:
@@ -39,7 +43,12 @@ def found_shares(scores: Tensor, relevant: Tensor, k: int) -> Tensor:
 
 
 def reciprocal_rank(scores: Tensor, relevant: Tensor) -> Estimate:
-    """1 / rank of a query's first relevant example, mean over queries (MRR). Arguments and errors as of `recall`.
+    """1 / rank of a query's first relevant example, mean over queries (MRR). Arguments and errors as of `recall`."""
+    return mean_estimate(reciprocal_ranks(scores, relevant))
+
+
+def reciprocal_ranks(scores: Tensor, relevant: Tensor) -> Tensor:
+    """`reciprocal_rank` of each query: (q,).
 
     With g examples above the best relevant score, t at it and r of these relevant, the first of the r stands at place j
     among the t with probability C(t - j, r - 1) / C(t, r).
@@ -53,7 +62,7 @@ def reciprocal_rank(scores: Tensor, relevant: Tensor) -> Estimate:
         j = torch.arange(1, tied - r + 2, dtype=torch.float64)
         log_chance = _log_choose(tied - j, r - 1) - _log_choose(torch.tensor([tied]), r)
         values.append((log_chance.exp() / (higher + j)).sum())
-    return mean_estimate(torch.stack(values))
+    return torch.stack(values)
 
 
 def combined(scores: Sequence[Tensor]) -> Tensor:

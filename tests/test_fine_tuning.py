@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from language_toys import language_model, text_pairs
 
 from tda_core import fine_tuning
-from tda_core.fine_tuning import FineTuning, Selections, batch_rows, fine_tune, top_rows
+from tda_core.fine_tuning import FineTuning, Selections, batch_rows, fine_tune, right_tokens, top_rows
 from tda_core.language import LanguageModel
 from tda_core.store import Store
+from tda_core.text_pairs import TextPairs
 
 MODEL, POOL, HELD_OUT = language_model(), text_pairs(8), text_pairs(3, seed=4)
 SETTING = FineTuning(steps=3, batch_size=2, learning_rate=3e-3)
@@ -116,3 +117,37 @@ def test_settings_that_cannot_train_are_refused():
         FineTuning(steps=0)
     with pytest.raises(ValueError, match="learning_rate must be positive and finite, got nan"):
         FineTuning(learning_rate=math.nan)
+
+
+def test_right_tokens_are_those_of_greedy_decoding():
+    pairs = text_pairs(12, seed=3)
+    lengths = [len(tokens) for tokens in MODEL.split(pairs)[1]]
+    decoded = []
+    for prompt, length in zip(MODEL.tokens(pairs.prompts), lengths, strict=True):
+        tokens = torch.tensor([[*MODEL.start, *prompt]])
+        grown = MODEL.model.generate(tokens, max_new_tokens=length, min_new_tokens=length, do_sample=False)
+        decoded.append(grown[0, tokens.shape[1] :].tolist())
+    texts = [MODEL.tokenizer.decode(tokens) for tokens in decoded]
+    same = [i for i, tokens in enumerate(decoded) if texts[i].strip() and MODEL.tokens([texts[i]])[0] == tokens]
+    assert len(same) > 2
+    greedy = TextPairs(pairs[same].prompts, tuple(texts[i] for i in same))
+    assert (right_tokens(MODEL, greedy) == 1).all()
+
+
+def test_right_tokens_by_hand_and_in_any_batch():
+    pairs = text_pairs(9, seed=6)
+    expected = []
+    for prompt, response in zip(*MODEL.split(pairs), strict=True):
+        tokens = torch.tensor([[*MODEL.start, *prompt, *response]])
+        with torch.no_grad():
+            likeliest = MODEL.model(input_ids=tokens).logits[0].argmax(-1)[-len(response) - 1 : -1]
+        expected.append(float((likeliest == torch.tensor(response)).float().mean()))
+    torch.testing.assert_close(right_tokens(MODEL, pairs), torch.tensor(expected))
+
+
+def test_outcomes_are_those_of_the_tuned_models():
+    found = Selections(POOL, {"a": torch.tensor([0, 3])}).outcomes(MODEL, HELD_OUT, SETTING, [1, 2])
+    for place, seed in enumerate((1, 2)):
+        tuned = fine_tune(MODEL, POOL[[0, 3]], SETTING, seed=seed)
+        torch.testing.assert_close(found["a"]["loss"][place], tuned.losses(HELD_OUT, "mean").mean())
+        torch.testing.assert_close(found["a"]["accuracy"][place], right_tokens(tuned, HELD_OUT).mean())
