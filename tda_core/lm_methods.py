@@ -125,13 +125,15 @@ def without_truth(n_operators: int, degree: int, rank: int = 64) -> dict[str, Me
     """The methods and controls that need no ground truth: what applications compare. Arguments as of
     `steering_methods`; layers' gradients are those of all matrices."""
     names = ("random", "length", "tfidf", "ngram_tfidf", "bm25/tuned", "feature_similarity")
+    steering = steering_methods(n_operators, degree, rank=rank, steps=2)
     known = {
         **{name: method for name, method in controls().items() if name in names},
         **gradient_methods(("*weight",), 8),
-        **steering_methods(n_operators, degree, rank=rank, steps=2),
+        "stride_published": steering.pop("stride/untuned"),
+        **steering,
         "forward_only/tuned": simulation(),
         "adapter/tuned": adapter(),
-        "stride_closed_form/untuned": closed_forms()["stride_closed_form/untuned"],
+        "stride_closed_form": closed_forms()["stride_closed_form/untuned"],
         "icp": probing(),
     }
     return {name.removesuffix("/tuned"): method for name, method in known.items()}
