@@ -73,9 +73,9 @@ PAGE = """<!DOCTYPE html>
 
 
 def build(jobs: Sequence[Job]) -> list[Path]:
-    """Bring up to date the pages and galleries of these jobs, as far as they have run, and the index; returns what it wrote.
+    """Bring pages and galleries of these jobs, as far as they have run, and the index up to date.
 
-    The index shows these jobs alone, so hand over those of all profiles.
+    Returns what was written. The index shows these jobs alone, so hand over those of all profiles.
     """
     finished = [job for job in jobs if job.run.executed.is_file() and read_stamp(job.run)]
     written = []
