@@ -108,6 +108,7 @@ def reachable_modules(source: str) -> set[str]:
 def source_fingerprint(modules: list[str] | set[str], without: set[str] | frozenset[str] = frozenset()) -> str:
     """16 hex digits over the source of these tda_core modules and of all that they import, `without` some.
 
+    The files in a folder `x_page` count as source of the module `x` beside it.
     Raises ValueError naming a module that tda_core does not have.
     """
     unknown = sorted(module for module in modules if module_file(module) is None)
@@ -115,7 +116,10 @@ def source_fingerprint(modules: list[str] | set[str], without: set[str] | frozen
         raise ValueError(f"no such module: {', '.join(unknown)}; expected modules of {paths.PACKAGE.name}")
     digest = hashlib.sha256()
     for module in sorted(_closure(set(modules)) - without):
-        digest.update(f"{module} {file_hash(module_file(module))}\n".encode())
+        file = module_file(module)
+        digest.update(f"{module} {file_hash(file)}\n".encode())
+        for part in sorted(file.with_name(f"{file.stem}_page").glob("*.*")):
+            digest.update(f"{module} {part.name} {file_hash(part)}\n".encode())
     return digest.hexdigest()[:16]
 
 

@@ -72,6 +72,15 @@ class Run:
         return self.root / "tables" / self.stem
 
     @property
+    def gallery(self) -> Path:
+        """The notebook's gallery: `atomic_write(run.gallery, gallery(files))`, with what `tda_core.gallery` makes.
+
+        One self-contained page: data, style and script are inside, nothing is read from beside it or from a network.
+        So it may be copied anywhere (the site does), and opens from a disk.
+        """
+        return self.root / "galleries" / f"{self.stem}.html"
+
+    @property
     def cache(self) -> Path:
         return self.root / "cache" / self.stem
 

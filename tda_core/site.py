@@ -1,7 +1,9 @@
 """The executed notebooks as web pages with an index; they open offline (the only importer of nbconvert).
 
 Pages need no script and nothing from elsewhere: equations become MathML, pictures are embedded, and the
-style is in the page, for light and dark screens.
+style is in the page, for light and dark screens. A notebook's gallery, where it wrote one, is copied as it is:
+galleries are self-contained too (with a script of their own inside), so links between files are all that a site
+needs, and it opens from a disk.
 """
 
 import base64
@@ -71,15 +73,22 @@ PAGE = """<!DOCTYPE html>
 
 
 def build(jobs: Sequence[Job]) -> list[Path]:
-    """Bring the pages of these jobs, as far as they have run, and the index up to date; returns what was written.
+    """Bring pages and galleries of these jobs, as far as they have run, and the index up to date.
 
-    The index shows these jobs alone, so hand over those of all profiles.
+    Returns what was written. The index shows these jobs alone, so hand over those of all profiles.
     """
     finished = [job for job in jobs if job.run.executed.is_file() and read_stamp(job.run)]
-    written = [page_path(job) for job in finished if _is_older(page_path(job), job.run.executed)]
+    written = []
     for job in finished:
-        if page_path(job) in written:
-            atomic_write(page_path(job), notebook_page(job))
+        page, gallery, copy = page_path(job), job.run.gallery, gallery_path(job)
+        if not gallery.is_file():
+            copy.unlink(missing_ok=True)  # what an earlier run left, to which nothing links any more
+        elif _is_older(copy, gallery):
+            atomic_write(copy, gallery.read_bytes())  # before the pages that link to it
+            written.append(copy)
+        if copy in written or _is_older(page, job.run.executed):
+            atomic_write(page, notebook_page(job))
+            written.append(page)
     index = paths.SITE / "index.html"
     sources = [job.run.stamp for job in finished] + [job.run.metrics for job in finished if job.run.metrics.is_file()]
     if written or any(_is_older(index, source) for source in sources):
@@ -91,6 +100,12 @@ def build(jobs: Sequence[Job]) -> list[Path]:
 def page_path(job: Job) -> Path:
     """site/<profile>/<slug>/<notebook>.<variant>.html"""
     return paths.SITE / job.run.profile / job.run.slug / f"{job.run.stem}.html"
+
+
+def gallery_path(job: Job) -> Path:
+    """site/<profile>/<slug>/<notebook>.<variant>.gallery.html, a copy of the self-contained page `Run.gallery`."""
+    page = page_path(job)
+    return page.with_name(f"{page.stem}.gallery.html")
 
 
 def notebook_page(job: Job) -> str:
@@ -129,7 +144,8 @@ def notebook_page(job: Job) -> str:
     content = content.replace("No description has been provided for this image", "Figure drawn by the cell above")
     up = os.path.relpath(paths.SITE / "index.html", page_path(job).parent)
     facts = html.escape(f"{job.run.variant}, profile {job.run.profile}, {_facts(job)}")
-    body = f'<nav><a href="{up}">All notebooks</a> <span class="soft">{facts}</span></nav>\n<main>{content}</main>'
+    links = f'<a href="{up}">All notebooks</a>{_gallery_link(job, page_path(job).parent)}'
+    body = f'<nav>{links} <span class="soft">{facts}</span></nav>\n<main>{content}</main>'
     return PAGE.format(title=html.escape(f"{title_of(job)} ({job.run.variant})"), style=STYLE, body=body)
 
 
@@ -195,12 +211,22 @@ def _section(slug: str, jobs: Sequence[Job]) -> list[str]:
     for job in jobs:
         link = html.escape(os.path.relpath(page_path(job), paths.SITE))
         title, facts = html.escape(title_of(job)), html.escape(f"{job.run.variant}, {_facts(job)}")
-        parts.append(f'<li><a href="{link}">{title}</a> <span class="soft">{facts}</span></li>')
+        gallery = _gallery_link(job, paths.SITE)
+        parts.append(f'<li><a href="{link}">{title}</a>{gallery} <span class="soft">{facts}</span></li>')
     parts.append("</ul>")
     pictures = [_picture(path, job) for job in jobs for path in sorted(job.run.figures.rglob("*"))]
     if any(pictures):
         parts.append('<div class="pictures">' + "\n".join(pictures) + "</div>")
     return parts
+
+
+def _gallery_link(job: Job, folder: Path) -> str:
+    """A link to a job's gallery from a page in this folder, "" where the run wrote none."""
+    if not job.run.gallery.is_file():
+        return ""
+    link = html.escape(os.path.relpath(gallery_path(job), folder))
+    name = html.escape(f"gallery of {title_of(job)} ({job.run.variant})")  # lists of links are read without the rest
+    return f' · <a href="{link}" aria-label="{name}">gallery</a>'
 
 
 def _picture(path: Path, job: Job) -> str:

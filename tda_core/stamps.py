@@ -22,7 +22,8 @@ from tda_core.jobs import Job, cell_source, read_notebook
 
 HASH_UP_TO = 64 * 2**20  # bytes; larger outputs are compared by size and time of change
 CACHE_KEY = ".made-from"  # names what a cache folder was computed from
-DISPLAY_ONLY = frozenset({"tda_core.plots", "tda_core.claims"})  # they draw and record, and compute no cached result
+# they draw, show and record, and compute no cached result
+DISPLAY_ONLY = frozenset({"tda_core.plots", "tda_core.claims", "tda_core.gallery"})
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,8 @@ def write_stamp(run: paths.Run, made: MadeFrom, seconds: float) -> None:
 
 
 def outputs(run: paths.Run) -> list[Path]:
-    """All files of a run: the executed notebook, its part of the metrics, figures, tables and cache."""
-    files = [run.executed, run.metrics_part]
+    """All files of a run: the executed notebook, its part of the metrics, gallery, figures, tables and cache."""
+    files = [run.executed, run.metrics_part, run.gallery]
     for folder in (run.figures, run.tables, run.cache):
         files += sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(TEMPORARY))
     return [path for path in files if path.is_file()]
@@ -126,7 +127,7 @@ def prepare(run: paths.Run, made: MadeFrom, *, drop_cache: bool = False) -> None
     The cache stays where it was made from the same code and parameters, so that an interrupted or damaged run
     goes on where it stopped; results of other code are dropped, as is everything with `drop_cache`.
     """
-    for path in (run.stamp, run.executed, partial(run), run.metrics_part):
+    for path in (run.stamp, run.executed, partial(run), run.metrics_part, run.gallery):
         path.unlink(missing_ok=True)
     for folder in (run.figures, run.tables):
         _remove(folder)
@@ -136,7 +137,7 @@ def prepare(run: paths.Run, made: MadeFrom, *, drop_cache: bool = False) -> None
         _remove(run.cache)
     for leftover in run.cache.rglob(f"{TEMPORARY}*"):
         leftover.unlink()
-    for folder in (run.executed.parent, run.figures, run.tables, run.cache):
+    for folder in (run.executed.parent, run.gallery.parent, run.figures, run.tables, run.cache):
         folder.mkdir(parents=True, exist_ok=True)
     atomic_write(key, made.cache)
 

@@ -29,7 +29,8 @@ FIRST = [
     "from tda_core.claims import Recorder\nfrom tda_core.paths import Run\nfrom tda_core.helper import double",
     'run = Run("demo", profile, "01_first", dataset)\n'
     "with open(run.root.parent / 'log.txt', 'a') as log:\n    log.write(f'{run.stem} ')",
-    "(run.figures / 'plot.png').write_bytes(b'picture')\n(run.cache / 'sum.txt').write_text(str(n_train * rate))",
+    "(run.figures / 'plot.png').write_bytes(b'picture')\n(run.cache / 'sum.txt').write_text(str(n_train * rate))\n"
+    "run.gallery.write_text(f'<p>{n_train} scores</p>')",
     "recorder = Recorder(run)\nrecorder.record(f'{dataset}/score', double(n_train), 1, 90)\nrecorder.write()",
 ]
 SECOND = [

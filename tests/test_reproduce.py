@@ -120,6 +120,7 @@ def test_changed_pins_and_changed_text_rerun(finished, capsys):
     [
         ("cache/01_first.digits/sum.txt", "truncate", "is damaged or was changed"),
         ("figures/01_first.digits/plot.png", "delete", "is missing"),
+        ("galleries/01_first.digits.html", "truncate", "is damaged or was changed"),
         ("metrics/01_first.digits.json", "truncate", "is damaged or was changed"),
         ("notebooks/01_first.digits.ipynb", "delete", "is missing"),
         ("notebooks/01_first.digits.stamp.json", "truncate", "is damaged"),

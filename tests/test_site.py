@@ -9,6 +9,7 @@ from conftest import FIRST
 
 from tda_core import jobs, paths, site
 
+NOTEBOOKS = ["smoke/demo/01_first.digits.html", "smoke/demo/02_second.digits.html"]
 PNG = base64.b64encode(b"\x89PNG").decode()
 
 
@@ -54,9 +55,9 @@ def test_pages_and_index_open_offline(finished):
     folder = finished.root / "site"
     index = (folder / "index.html").read_text()
     page = check_offline(index)
-    notebooks = ["smoke/demo/01_first.digits.html", "smoke/demo/02_second.digits.html"]
-    assert page.links == notebooks
     for link in page.links:
+        assert (folder / link).is_file()
+    for link in NOTEBOOKS:
         text = (folder / link).read_text()
         assert "../../index.html" in check_offline(text).links
         assert "<math" in text and "$x^2$" not in text and "<h1" in text
@@ -78,6 +79,38 @@ def test_only_what_changed_is_written_again(finished):
     page = finished.root / "site" / "smoke" / "demo" / "01_first.digits.html"
     page.unlink()
     assert site.build(jobs.plan("smoke", ["demo"])) == [page, finished.root / "site" / "index.html"]
+
+
+def test_a_gallery_is_copied_and_linked_and_a_run_without_one_has_no_link(finished):
+    folder = finished.root / "site"
+    index, own, other = (folder / name for name in ("index.html", *NOTEBOOKS))
+    copy = folder / "smoke/demo/01_first.digits.gallery.html"
+    assert copy.read_text() == "<p>3 scores</p>" and copy == site.gallery_path(jobs.plan("smoke", ["demo"])[0])
+    assert Links(index.read_text()).links == [NOTEBOOKS[0], copy.relative_to(folder).as_posix(), NOTEBOOKS[1]]
+    assert [(own.parent / link).resolve() for link in Links(own.read_text()).links[:2]] == [index, copy]
+    assert 'aria-label="gallery of A title (digits)"' in index.read_text() and "gallery" not in other.read_text()
+    assert sorted(folder.rglob("*gallery*")) == [copy]
+
+
+def test_a_changed_gallery_is_copied_again_and_one_that_is_gone_leaves_no_copy(finished):
+    every = jobs.plan("smoke", ["demo"])
+    run, copy, page = every[0].run, site.gallery_path(every[0]), site.page_path(every[0])
+    run.gallery.write_text("new")
+    assert site.build(every) == [copy, page, finished.root / "site" / "index.html"] and copy.read_text() == "new"
+    assert site.build(every) == []
+    run.gallery.unlink()  # as a run of the notebook that writes none any more leaves it
+    run.executed.touch()
+    run.stamp.touch()
+    assert site.build(every) == [page, finished.root / "site" / "index.html"] and not copy.exists()
+    assert not any("gallery.html" in path.read_text() for path in (finished.root / "site").rglob("*.html"))
+
+
+def test_an_unfinished_runs_gallery_stays_out(finished):
+    every = jobs.plan("smoke", ["demo"])
+    every[0].run.stamp.unlink()
+    every[0].run.gallery.write_text("half")
+    site.build(every)
+    assert site.gallery_path(every[0]).read_text() == "<p>3 scores</p>"
 
 
 def test_index_of_nothing(project):

@@ -327,6 +327,16 @@ def test_source_fingerprint_changes_with_what_is_reached_only(package):
     assert source_fingerprint(["tda_core.a"], without=names("alone")) not in (before, changed)
 
 
+def test_source_fingerprint_holds_the_files_of_a_modules_page(package):
+    before = source_fingerprint(["tda_core.a"])
+    (package / "alone_page").mkdir()
+    (package / "alone_page" / "script.js").write_text("1")
+    changed = source_fingerprint(["tda_core.a"])
+    (package / "alone_page" / "script.js").write_text("2")
+    assert len({before, changed, source_fingerprint(["tda_core.a"])}) == 3
+    assert source_fingerprint(["tda_core.c"], without=names("alone")) != source_fingerprint(["tda_core.c"])
+
+
 def test_source_fingerprint_names_an_unknown_module(package):
     with pytest.raises(ValueError, match=r"no such module: tda_core\.nothing"):
         source_fingerprint(["tda_core.a", "tda_core.nothing"])
