@@ -53,10 +53,14 @@ class LeakSpec:
 
 @dataclass(frozen=True, eq=False)
 class Leaked:
-    """train: n pairs, in no order. items: q of them. leaked: (q,) bool. replicas: (n,) bool, which pairs are leaks."""
+    """train: n pairs, in no order. items: q of them. leaked: (q,) bool. replicas: (n,) bool, which pairs are leaks.
+
+    synonyms: the items with the other word for their answer, which is right too.
+    """
 
     train: TextPairs
     items: TextPairs
+    synonyms: TextPairs
     leaked: Tensor
     replicas: Tensor
 
@@ -76,10 +80,10 @@ def leak(world: SynonymWorld, spec: LeakSpec) -> Leaked:
     own = [(asked[i][0], asked[i][1] if spec.kind == "verbatim" else opposite(asked[i][1])) for i in sorted(gone)]
     given = [*rng.sample(others, n_others), *own]
     places = rng.sample(range(spec.n_train), spec.n_train)
-    train, items = ([world.question(*pair) for pair in pairs] for pairs in ([given[i] for i in places], asked))
+    twins = [(fact, (name, says, 1 - value)) for fact, (name, says, value) in asked]
+    sets = ([world.question(*pair) for pair in pairs] for pairs in ([given[i] for i in places], asked, twins))
     return Leaked(
-        TextPairs(*zip(*train, strict=True)),
-        TextPairs(*zip(*items, strict=True)),
+        *(TextPairs(*zip(*pairs, strict=True)) for pairs in sets),
         torch.tensor([i in gone for i in range(spec.n_items)]),
         torch.tensor([i >= n_others for i in places]),
     )

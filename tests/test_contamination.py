@@ -29,6 +29,10 @@ def test_leaks_are_items_and_nothing_else_is(kind, n_leaks, seed):
         told = [{*f"{prompt}{response}".split()} for prompt, response in given_pairs]
         other = {word: twin for both in _concepts() for word, twin in (both, both[::-1])}
         assert sorted(map(sorted, told)) == sorted(sorted(other[word] for word in item) for item in words)
+    assert made.synonyms.prompts == made.items.prompts
+    twins = {frozenset(both) for both in _concepts()}
+    for one, other in zip(made.items.responses, made.synonyms.responses, strict=True):
+        assert {one.strip(), other.strip()} in twins
     # no other pair asks for an item's fact, in whatever words
     name = {word: i for i, both in enumerate(_concepts()) for word in both}
     asked = {tuple(name[word] for word in prompt.split()) for prompt in made.items.prompts}
