@@ -10,7 +10,7 @@ from tda_core import lm_methods
 from tda_core.corpora import CorpusSize, load_corpus
 from tda_core.language import LanguageModel
 from tda_core.lm_bench import LMBench, LMGoal, Subject, bank_of, build_bench
-from tda_core.lm_judging import Answer, Method, costs, judge
+from tda_core.lm_judging import Answer, Method, costs, judge, scores_by_setting
 from tda_core.lm_methods import cropped, lengths, share_of, weighted_terms
 from tda_core.lm_recipes import LMRecipe
 from tda_core.store import Store
@@ -87,6 +87,35 @@ def test_costs_need_no_ground_truth():
     subject = Subject(corpus, LanguageModel(recipe.untrained(300, seed=0), corpus.tokenizer))
     build, query, _ = costs(subject, METHODS["adam_dot"])
     assert build >= 0 and query > 0
+
+
+def test_methods_without_a_truth_answer_a_subject():
+    corpus = load_corpus("help_topics", CorpusSize(12, 2, 3, 24, 300, 4))
+    recipe = LMRecipe(width=8, layers=1, heads=2, length=24)
+    subject = Subject(corpus, LanguageModel(recipe.untrained(300, seed=0), corpus.tokenizer))
+    methods = lm_methods.without_truth(8, 2, 4)
+    assert {"random", "length", "tfidf", "ngram_tfidf", "stride", "stride_published", "adapter", "icp"} <= set(methods)
+    assert not any("/" in name for name in methods)
+    for name, method in methods.items():
+        found = scores_by_setting(subject, method, {"own": corpus.test, "fewer": corpus.validation})
+        assert list(found) == list(method.settings), name
+        for scores in found.values():
+            assert {of: tuple(values.shape) for of, values in scores.items()} == {"own": (3, 12), "fewer": (2, 12)}
+            assert all(torch.isfinite(values).all() for values in scores.values()), name
+
+
+def test_scores_by_setting_prepare_once_and_take_the_settings_that_are_asked_for():
+    prepared = []
+
+    def prepare(subject):
+        prepared.append(subject)
+        return 10.0
+
+    method = Method(prepare, lambda base, s: Answer(lambda q: torch.full((len(q), 2), base * s)), (1, 2, 3), texts=True)
+    pairs = TextPairs(("a", "b"), (" c", " d"))
+    found = scores_by_setting("subject", method, {"x": pairs}, [3, 1])
+    assert prepared == ["subject"] and list(found) == [3, 1]
+    assert found[3]["x"].tolist() == [[30.0, 30.0]] * 2
 
 
 def gradients(bench, part):
