@@ -138,7 +138,8 @@ class Selections:
                 loss, right = tuned.losses(held_out, "mean").mean(), right_tokens(tuned, held_out).mean()
                 return {"loss": loss[None], "accuracy": right[None]}
 
-            return store.get("tuning_outcome", key | {"train": train.hash, "seed": seed}, compute) if store else compute()
+            own = key | {"train": train.hash, "seed": seed}
+            return store.get("tuning_outcome", own, compute) if store else compute()
 
         with one_thread():
             n_jobs = -1 if model.device.type == "cpu" else 1
