@@ -1,42 +1,76 @@
-"""The long notebooks of language models, killed at some moment: what was finished is not done again."""
+"""The long notebooks of language models, killed at some moment: what was finished is not done again.
 
+Their cells run in IPython, as a kernel has it, but in processes that are forked from one that has imported everything:
+importing what they need took four times as long as what they do. That kernels and runners die and are replaced is shown
+in test_reproduce.
+"""
+
+import multiprocessing
 import os
-import subprocess
-import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 import psutil
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-SIZES = {"n_train": 60, "n_subsets": 24, "n_seeds": 2, "epochs": 6}
+from tda_core.jobs import cell_source, read_notebook
+from tda_core.paths import NOTEBOOKS
+
+IMPORTED = ("IPython.core.interactiveshell", "pandas", "tda_core.lm_methods", "tda_core.lm_judging", "tda_core.plots")
+IMPORTED += ("tda_core.pretraining_speed", "tda_core.share_plots", "tda_core.fact_corpus", "tda_core.token_closed_form")
+SIZES = {"n_train": 60, "n_subsets": 16, "n_seeds": 2, "epochs": 4}
 
 
 # notebook, files of finished blocks, how many there are when it is killed and in the end, parameters
 CASES = [
-    ("09_pretraining", "bank/[0-9a-f]*.safetensors", 13, 48, SIZES),
+    ("09_pretraining", "bank/[0-9a-f]*.safetensors", 9, 32, SIZES),
     ("10_language_models", "judged*.safetensors", 21, 48, {"n_operators": 16, "n_probed": 3}),
 ]
 
 
-def start(results: Path, notebook: str, **parameters: int) -> subprocess.Popen:
-    given = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
-    command = [sys.executable, "-m", "papermill", "-k", "python3", "--no-progress-bar", *given]
-    places = [str(ROOT / "notebooks" / "stride" / f"{notebook}.ipynb"), str(results / f"{notebook}.ipynb")]
-    environment = {**os.environ, "TDA_RESULTS_DIR": str(results), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    environment.pop("TDA_BANK_DIR", None)
-    with (results / "log.txt").open("w") as log:  # a pipe that nobody reads fills up
-        return subprocess.Popen([*command, *places], cwd=ROOT, env=environment, stderr=log)
+def execute(path: Path, parameters: dict[str, int], log: Path) -> None:
+    """All code cells in order, in a process of its own; the parameters come after their cell."""
+    with log.open("w") as stream:
+        os.dup2(stream.fileno(), 1), os.dup2(stream.fileno(), 2)
+    from IPython.core.interactiveshell import InteractiveShell
+    from traitlets.config import Config
+
+    shell = InteractiveShell.instance(config=Config(HistoryManager={"enabled": False}))  # nothing in the user's home
+    for cell in read_notebook(path)["cells"]:
+        if cell["cell_type"] == "code":
+            shell.run_cell(cell_source(cell)).raise_error()
+        if "parameters" in cell["metadata"].get("tags", []):
+            shell.push(parameters)
 
 
-def kill(process: subprocess.Popen) -> None:
-    """The runner, its kernel and the kernel's workers, at once."""
-    family = [process, *psutil.Process(process.pid).children(recursive=True)]
+def start(results: Path, notebook: str, **parameters: int) -> multiprocessing.Process:
+    place, log = NOTEBOOKS / "stride" / f"{notebook}.ipynb", results / "log.txt"
+    results.mkdir(exist_ok=True)
+    process = multiprocessing.get_context("forkserver").Process(target=execute, args=(place, parameters, log))
+    process.start()
+    return process
+
+
+def kill(process: multiprocessing.Process) -> None:
+    """The notebook's process and its workers, at once."""
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     for one in family:
         one.kill()
-    process.wait()
+    process.join()
     psutil.wait_procs(family[1:], timeout=10)
+
+
+@pytest.fixture
+def imported(monkeypatch, results):
+    """A server of processes that have imported what the notebooks need, and write below `results`."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.delenv("TDA_BANK_DIR", raising=False)
+    forkserver._forkserver._stop()  # one that other tests left knows another environment
+    multiprocessing.get_context("forkserver").set_forkserver_preload(list(IMPORTED))
+    yield results
+    forkserver._forkserver._stop()
 
 
 def kept(folder: Path, pattern: str) -> dict[str, tuple[int, int]]:
@@ -48,22 +82,23 @@ def kept(folder: Path, pattern: str) -> dict[str, tuple[int, int]]:
 
 
 @pytest.mark.slow
-def test_killed_notebooks_go_on_where_they_were(tmp_path):
+def test_killed_notebooks_go_on_where_they_were(imported):
     for case in CASES:  # the second reads what the first has left
-        check(tmp_path, *case)
+        check(imported, *case)
 
 
 def check(results, notebook, pattern, after, total, parameters):
     cache = results / "smoke" / "stride" / "cache" / f"{notebook}.microlm"
     process, end = start(results, notebook, **parameters), time.monotonic() + 120
     while len(kept(cache, pattern)) < after:
-        assert process.poll() is None, (results / "log.txt").read_text()[-2000:]
+        assert process.is_alive(), (results / "log.txt").read_text()[-2000:]
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.005)
     kill(process)
     before = kept(cache, pattern)
     assert after <= len(before) < total, "killed in the middle of it"
     again = start(results, notebook, **parameters)
-    assert again.wait(timeout=240) == 0, (results / "log.txt").read_text()[-2000:]
+    again.join(240)
+    assert again.exitcode == 0, (results / "log.txt").read_text()[-2000:]
     finished = kept(cache, pattern)
     assert len(finished) == total and finished.items() >= before.items(), "nothing old was written again"
