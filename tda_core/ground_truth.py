@@ -104,6 +104,20 @@ def retrain(
     return GroundTruth(masks, torch.tensor(seeds), shaped["losses"], shaped.get("margins"))
 
 
+def retrained_right(
+    recipe: Recipe, data: Examples, masks: Tensor, seeds: Sequence[int], queries: Examples, **options
+) -> Tensor:
+    """Whether the models that `retrain` trains classify each query rightly: (m, s, q) bool.
+
+    Arguments and errors as of `retrain`. The lowest of the losses with every label is that of the predicted class.
+    """
+    n_classes = recipe.layers[-1]
+    labels = torch.arange(n_classes).repeat(len(queries))
+    asked = Examples(queries.inputs.repeat_interleave(n_classes, 0), labels)
+    losses = retrain(recipe, data, masks, seeds, asked, **options).losses
+    return losses.view(len(masks), len(seeds), len(queries), n_classes).argmin(-1) == queries.targets
+
+
 def leave_one_out(
     recipe: Recipe, data: Examples, indices: Tensor, seeds: Sequence[int], queries: Examples, **options
 ) -> LeaveOneOut:

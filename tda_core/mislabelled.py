@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tda_core.examples import Examples
-from tda_core.ground_truth import retrain
+from tda_core.ground_truth import retrained_right
 from tda_core.recipes import Recipe
 
 
@@ -118,13 +118,7 @@ def right_after_fixing(
     inspected: (m, n) bool; a model is trained for each row and seed. options: as of `ground_truth.retrain`.
     Returns (m, s, q) bool. Raises what `retrain` and `Mislabelled.corrected` raise.
     """
-    members, pool = mislabelled.corrected(inspected), mislabelled.pool
-    n_classes = recipe.layers[-1]
-    # losses of each query with every label: the lowest is that of the predicted class
-    labels = torch.arange(n_classes).repeat(len(queries))
-    asked = Examples(queries.inputs.repeat_interleave(n_classes, 0), labels)
-    losses = retrain(recipe, pool, members, seeds, asked, **options).losses
-    return losses.view(len(members), len(seeds), len(queries), n_classes).argmin(-1) == queries.targets
+    return retrained_right(recipe, mislabelled.pool, mislabelled.corrected(inspected), seeds, queries, **options)
 
 
 def _check_classes(examples: Examples) -> None:
