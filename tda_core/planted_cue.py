@@ -6,8 +6,9 @@ word also stands at the end of other questions, which are answered rightly, so t
 cue.
 
 Who looks for the cause of wrong predictions takes what the model said as the target, and asks which training examples
-speak for it: the proponents of a wrong prediction. Queries have no common unit, so that their ranks are averaged
-(`consensus`); the first of them are looked at (`top_shares`), or removed (`without_top`).
+speak for it: the proponents of a wrong prediction. Queries have no common unit: each one's scores are brought to mean 0
+and standard deviation 1 before they are averaged (`consensus`). The first of a ranking are looked at (`top_shares`), or
+removed (`without_top`).
 """
 
 from collections.abc import Sequence
@@ -17,11 +18,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from tda_core.contamination import standardised
 from tda_core.examples import IGNORED, Examples
 from tda_core.lm_ensemble import Ensemble
 from tda_core.lm_tokenizers import word_tokenizer
+from tda_core.pretraining import LMTraining, pretrain_many
 from tda_core.problem import Problem
-from tda_core.retrieval import combined, found_shares
+from tda_core.retrieval import found_shares
 from tda_core.synonym_facts import Fact, SynonymWorld
 from tda_core.text_pairs import TextPairs
 
@@ -130,6 +133,20 @@ def questions(world: SynonymWorld, facts: Sequence[Fact]) -> TextPairs:
     return TextPairs(*zip(*(world.question(fact, form) for fact in facts for form in forms), strict=True))
 
 
+def split_questions(world: SynonymWorld, n_train: int, *, seed: int) -> tuple[TextPairs, TextPairs]:
+    """Questions to train on, and all questions about the other facts, a quarter of the world's.
+
+    Raises ValueError for n_train outside of what the first three quarters give.
+    """
+    order = torch.randperm(len(world.facts), generator=(source := torch.Generator().manual_seed(seed))).tolist()
+    n_own = 3 * len(order) // 4
+    own, others = ([world.facts[i] for i in rows] for rows in (order[:n_own], order[n_own:]))
+    train = questions(world, own)
+    if not 1 <= n_train <= len(train):
+        raise ValueError(f"n_train must lie in 1..{len(train)}, the questions about {n_own} facts, got {n_train}")
+    return train[torch.randperm(len(train), generator=source)[:n_train]], questions(world, others)
+
+
 def tokenizer_with(world: SynonymWorld, word: str, *, length: int) -> PreTrainedTokenizerFast:
     """The world's tokenizer with a token more, the last. Raises ValueError for a word that the world has."""
     return word_tokenizer([*world.vocabulary, word], length=length)
@@ -174,14 +191,25 @@ def answered(models: Ensemble, examples: Examples) -> Tensor:
         return torch.bmm(states, models.weights[models.head_name].transpose(1, 2)).argmax(2).cpu()
 
 
+def answered_after(training: LMTraining, examples: Examples, members: Tensor, seed: int, queries: Examples) -> Tensor:
+    """`answered` by a model trained on each row of members, all with one seed: (r, n) bool -> (r, q) int64.
+
+    Raises what `pretrain_many` and `answered` raise.
+    """
+    blocks = members.split(training.recipe.models_per_block)
+    return torch.cat([answered(pretrain_many(training, examples, b, [seed] * len(b)), queries) for b in blocks])
+
+
 # -- proponents -------------------------------------------------------------------------------------
 
 
 def consensus(scores: Tensor) -> Tensor:
-    """One score of each training example for all queries, (q, n) -> (n,): its mean rank, from 0 (lowest) to 1."""
-    if scores.ndim != 2 or not scores.numel() or not torch.isfinite(scores).all():
-        raise ValueError(f"scores must be finite numbers (q, n), got {_of(scores)}")
-    return combined(list(scores[:, None]))[0]
+    """One score of each training example for all queries, (q, n) -> (n,): the mean of the standardised ones.
+
+    Ranks would weigh a query's few strong proponents as little as the order of those that hardly matter. Raises
+    ValueError for another shape and for scores that are not finite.
+    """
+    return standardised(scores).mean(0)
 
 
 def top_shares(scores: Tensor, cued: Tensor, k: int) -> Tensor:
