@@ -156,6 +156,16 @@ def test_damaged_results_are_made_again(finished, capsys, damages):
     assert "nothing to do" in rerun(finished, capsys)[0]
 
 
+def test_what_a_run_wrote_is_gone_before_the_next(finished):
+    """A notebook that draws or shows something no more leaves no old picture or gallery to be found."""
+    every = jobs.plan("smoke", ["demo"])
+    run = every[0].run
+    assert run.gallery.is_file() and run.gallery in stamps.outputs(run)
+    stamps.prepare(run, stamps.fingerprints(every)[run])
+    assert [path.name for path in stamps.outputs(run)] == [stamps.CACHE_KEY, "sum.txt"]  # the same code's cache stays
+    assert run.gallery.parent.is_dir() and not run.stamp.exists()
+
+
 def test_truncated_merged_metrics_are_redone_without_running(finished, capsys):
     path = paths.Run("demo", "smoke", "x").metrics
     path.write_text(path.read_text()[:50])
