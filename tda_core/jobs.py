@@ -18,9 +18,11 @@ in notebooks/ itself are the slug `tour`, which needs no profiles.toml and comes
 """
 
 import ast
+import contextlib
 import json
+import sys
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -241,3 +243,21 @@ def _check_overrides(values: Any, notebook: Path, where: str) -> None:
                 f"{where}: {name} must be of type {expected}, as in {notebook.name} "
                 f"({name} = {defaults[name]!r}), got {value!r} of type {got}"
             )
+
+
+@contextlib.contextmanager
+def without_iri_grammar() -> Iterator[None]:
+    """Import Jupyter's packages in here: they take two seconds less.
+
+    jsonschema, if it can, imports a package that builds a grammar of addresses (RFC 3987) at once, for a check that it
+    makes of no notebook; where that package is missing it does without.
+    """
+    name = "rfc3987_syntax"
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # what the import system takes for missing
+    try:
+        yield
+    finally:
+        del sys.modules[name]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tda_core import paths
-from tda_core.jobs import Job, cell_source, read_notebook
+from tda_core.jobs import Job, cell_source, read_notebook, without_iri_grammar
 from tda_core.references import load_part
 from tda_core.stamps import MadeFrom, partial, prepare, write_stamp
 
@@ -65,7 +65,8 @@ def only_runner() -> Iterator[None]:
 
 
 def _execute(job: Job, bar: str) -> None:
-    import papermill  # here, because it takes a second and a run with nothing to do needs none
+    with without_iri_grammar():
+        import papermill  # here, because it takes a second and a run with nothing to do needs none
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 

@@ -12,14 +12,19 @@ import logging
 import os
 import re
 from collections.abc import Sequence
+from functools import cache, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tda_core import paths
 from tda_core.claims import COLUMNS, claims_table
 from tda_core.files import atomic_write
-from tda_core.jobs import Job, cell_source, load_paper, read_notebook
+from tda_core.jobs import Job, cell_source, load_paper, read_notebook, without_iri_grammar
 from tda_core.references import PROFILES, duration, load_metrics
 from tda_core.stamps import read_stamp
+
+if TYPE_CHECKING:
+    from nbconvert.exporters import HTMLExporter
 
 log = logging.getLogger(__name__)
 
@@ -110,36 +115,15 @@ def gallery_path(job: Job) -> Path:
 
 def notebook_page(job: Job) -> str:
     """An executed notebook as one self-contained page."""
-    import nbformat  # these here, because they take a second, and most runs have no page to make
-    from nbconvert.exporters import HTMLExporter
-    from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
-
-    class Renderer(IPythonRenderer):
-        """Markdown with equations as MathML, where nbconvert leaves them to a script from the network."""
-
-        def inline_math(self, body: str) -> str:
-            return to_mathml(body, "inline")
-
-        def block_math(self, body: str) -> str:
-            return to_mathml(body, "block")
-
-        def latex_environment(self, name: str, body: str) -> str:
-            return to_mathml(rf"\begin{{{name}}}{body}\end{{{name}}}", "block")
-
-    def markdown2html(source: str) -> str:
-        folder = str(job.notebook.parent)
-        renderer = Renderer(escape=False, embed_images=True, path=folder, exclude_anchor_links=True)
-        return MarkdownWithMath(renderer=renderer).render(source)
+    exporter = _exporter()
+    import nbformat
 
     notebook = nbformat.reads(job.run.executed.read_text(encoding="utf-8"), as_version=4)
     notebook.metadata.pop("widgets", None)  # their state would be embedded, for a script that is not there
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if not NEED_SCRIPTS & set(output.get("data", {}))]
-    exporter = HTMLExporter(template_name="basic")
-    exporter.log = logging.getLogger("nbconvert.quiet")  # it warns of each picture without a description
-    exporter.log.setLevel(logging.ERROR)
-    exporter.register_filter("markdown2html", markdown2html)
+    exporter.register_filter("markdown2html", partial(_markdown, str(job.notebook.parent)))
     content, _ = exporter.from_notebook_node(notebook)
     content = content.replace("No description has been provided for this image", "Figure drawn by the cell above")
     up = os.path.relpath(paths.SITE / "index.html", page_path(job).parent)
@@ -194,6 +178,38 @@ def title_of(job: Job) -> str:
         if heading:
             return heading.group(1).strip()
     return job.run.notebook
+
+
+@cache
+def _exporter() -> "HTMLExporter":
+    """One for all pages: its templates are compiled once, which takes longer than a page."""
+    with without_iri_grammar():
+        from nbconvert.exporters import HTMLExporter  # here: it takes a second, and most runs have no page to make
+    exporter = HTMLExporter(template_name="basic")
+    exporter.log = logging.getLogger("nbconvert.quiet")  # it warns of each picture without a description
+    exporter.log.setLevel(logging.ERROR)
+    return exporter
+
+
+def _markdown(folder: str, source: str) -> str:
+    """Markdown as HTML, with equations as MathML, where nbconvert leaves them to a script from the network.
+
+    folder: of the notebook, where its pictures lie.
+    """
+    from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+
+    class Renderer(IPythonRenderer):
+        def inline_math(self, body: str) -> str:
+            return to_mathml(body, "inline")
+
+        def block_math(self, body: str) -> str:
+            return to_mathml(body, "block")
+
+        def latex_environment(self, name: str, body: str) -> str:
+            return to_mathml(rf"\begin{{{name}}}{body}\end{{{name}}}", "block")
+
+    renderer = Renderer(escape=False, embed_images=True, path=folder, exclude_anchor_links=True)
+    return MarkdownWithMath(renderer=renderer).render(source)
 
 
 def _section(slug: str, jobs: Sequence[Job]) -> list[str]:

@@ -1,5 +1,6 @@
 """The runner, on a small project in a temporary folder (see conftest.Project)."""
 
+import importlib
 import json
 import os
 import shutil
@@ -46,6 +47,12 @@ def rerun(project, capsys, *words) -> tuple[str, list[str]]:
     before = len(project.runs)
     assert main(["smoke", "demo", *words]) == 0, capsys.readouterr().err
     return capsys.readouterr().out, project.runs[before:]
+
+
+def listed(capsys) -> list[str]:
+    """What --list says of each notebook, which takes no kernel."""
+    assert main(["smoke", "demo", "--list"]) == 0
+    return [line.partition("] ")[2] for line in capsys.readouterr().out.splitlines()]
 
 
 # runs and what is up to date
@@ -109,32 +116,54 @@ def test_changed_pins_and_changed_text_rerun(finished, capsys):
     finished.write("requirements.txt", "# a comment\none==1\n")
     assert rerun(finished, capsys)[1] == []
     finished.write("requirements.txt", "one==2\n")
-    assert "(changed: requirements.txt)" in rerun(finished, capsys)[0]
+    assert all(": to run (changed: requirements.txt" in line for line in listed(capsys))
+    finished.write("requirements.txt", "one==1\n")
     finished.notebook("demo/02_second", SECOND, prose="# Other words")
     output, ran = rerun(finished, capsys)
     assert "(changed: text)" in output and ran == ["02_second.digits"]
 
 
-@pytest.mark.parametrize(
-    ("name", "damage", "said"),
-    [
-        ("cache/01_first.digits/sum.txt", "truncate", "is damaged or was changed"),
-        ("figures/01_first.digits/plot.png", "delete", "is missing"),
-        ("galleries/01_first.digits.html", "truncate", "is damaged or was changed"),
-        ("metrics/01_first.digits.json", "truncate", "is damaged or was changed"),
-        ("notebooks/01_first.digits.ipynb", "delete", "is missing"),
-        ("notebooks/01_first.digits.stamp.json", "truncate", "is damaged"),
-    ],
-)
-def test_a_damaged_result_is_redone_by_its_notebook_alone(finished, capsys, name, damage, said):
-    path = finished.root / "results" / "smoke" / "demo" / name
-    good = path.read_bytes()
-    path.write_bytes(good[: len(good) // 2]) if damage == "truncate" else path.unlink()
-    output, ran = rerun(finished, capsys)
-    assert ran == ["01_first.digits"]
-    assert f"{name.removeprefix('notebooks/') if 'stamp' in name else name} {said}" in output
-    assert path.read_bytes() == good or name.startswith("notebooks/")
+DAMAGES = [
+    ("cache/01_first.digits/sum.txt", "truncate", "is damaged or was changed"),
+    ("figures/01_first.digits/plot.png", "delete", "is missing"),
+    ("galleries/01_first.digits.html", "truncate", "is damaged or was changed"),
+    ("metrics/01_first.digits.json", "truncate", "is damaged or was changed"),
+    ("notebooks/01_first.digits.ipynb", "delete", "is missing"),
+    ("notebooks/01_first.digits.stamp.json", "truncate", "is damaged"),
+]
+
+
+def damage(path, how):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]) if how == "truncate" else path.unlink()
+
+
+@pytest.mark.parametrize(("name", "how", "said"), DAMAGES)
+def test_a_damaged_result_is_named_and_to_be_redone_by_its_notebook_alone(finished, capsys, name, how, said):
+    damage(finished.root / "results" / "smoke" / "demo" / name, how)
+    named = name.removeprefix("notebooks/") if "stamp" in name else name
+    assert listed(capsys) == [f"demo/01_first digits: to run ({named} {said})", "demo/02_second digits: up to date"]
+
+
+@pytest.mark.parametrize("damages", [DAMAGES[:-1], DAMAGES[-1:]], ids=["all outputs", "the stamp"])
+def test_damaged_results_are_made_again(finished, capsys, damages):
+    folder = finished.root / "results" / "smoke" / "demo"
+    good = {name: (folder / name).read_bytes() for name, *_ in damages}
+    for name, how, _ in damages:
+        damage(folder / name, how)
+    assert rerun(finished, capsys)[1] == ["01_first.digits"]
+    for name, before in good.items():
+        assert (folder / name).read_bytes() == before or name.startswith("notebooks/")  # which tell the time
     assert "nothing to do" in rerun(finished, capsys)[0]
+
+
+def test_what_a_run_wrote_is_gone_before_the_next(finished):
+    """A notebook that draws or shows something no more leaves no old picture or gallery to be found."""
+    every = jobs.plan("smoke", ["demo"])
+    run = every[0].run
+    assert run.gallery.is_file() and run.gallery in stamps.outputs(run)
+    stamps.prepare(run, stamps.fingerprints(every)[run])
+    assert [path.name for path in stamps.outputs(run)] == [stamps.CACHE_KEY, "sum.txt"]  # the same code's cache stays
+    assert run.gallery.parent.is_dir() and not run.stamp.exists()
 
 
 def test_truncated_merged_metrics_are_redone_without_running(finished, capsys):
@@ -191,25 +220,22 @@ def test_list_shows_order_and_state_and_runs_nothing(project, capsys):
 # variants
 
 
-def test_a_variant_without_its_files_is_skipped_and_says_where_to_put_them(project, capsys, monkeypatch):
-    project.write(
+def test_a_variant_without_its_files_is_skipped_and_says_where_to_put_them(finished, capsys, monkeypatch):
+    finished.write(
         "papers/demo/profiles.toml",
         PROFILES + '[variants.mnist]\ndataset = "mnist"\nrequires = "mnist"\nnotebooks = ["01_first"]\n',
     )
     there = []
     monkeypatch.setattr(data, "is_available", lambda name: name in there)
     monkeypatch.setattr(data, "where_to_put", lambda name: f"put {name} here")
-    assert main(["smoke", "demo"]) == 0
-    output = capsys.readouterr().out
-    assert "[2/3] demo/01_first mnist ... not available: put mnist here" in output
-    assert project.runs == ["01_first.digits", "02_second.digits"]
-    assert main(["smoke", "demo", "--list"]) == 0
-    assert "demo/01_first mnist: not available: put mnist here" in capsys.readouterr().out
+    output, ran = rerun(finished, capsys)
+    assert ran == [] and "[2/3] demo/01_first mnist ... not available: put mnist here" in output
+    assert "demo/01_first mnist: not available: put mnist here" in listed(capsys)
 
     there.append("mnist")
-    assert rerun(project, capsys)[1] == ["01_first.mnist"]
+    assert rerun(finished, capsys)[1] == ["01_first.mnist"]
     there.clear()  # what has run needs its data no more, and is not lost
-    output, ran = rerun(project, capsys)
+    output, ran = rerun(finished, capsys)
     assert ran == [] and "nothing to do: 3 notebooks up to date" in output
     assert "mnist/score" in paths.Run("demo", "smoke", "x").metrics.read_text()
 
@@ -368,12 +394,12 @@ def test_a_killed_kernel_is_a_failure_and_the_next_run_repairs_it(project, capsy
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_runner_leaves_nothing_that_looks_complete(project, capsys, how):
+def test_a_killed_runner_leaves_nothing_that_looks_complete(finished, capsys, how):
     waiting = "import os, time\n(run.cache / 'pid.txt').write_text(str(os.getpid()))\n"
     waiting += "while not (run.root / 'go').exists():\n    time.sleep(0.05)"
-    project.notebook("demo/02_second", [*SECOND[:3], waiting, *SECOND[3:]])
-    pid = project.root / "results" / "smoke" / "demo" / "cache" / "02_second.digits" / "pid.txt"
-    process = start(project, "smoke", "demo")
+    finished.notebook("demo/02_second", [*SECOND[:3], waiting, *SECOND[3:]])
+    pid = finished.root / "results" / "smoke" / "demo" / "cache" / "02_second.digits" / "pid.txt"
+    process = start(finished, "smoke", "demo")
     wait_for(lambda: pid.exists() and pid.read_text())
 
     # meanwhile nobody else may use the folder
@@ -383,14 +409,14 @@ def test_a_killed_runner_leaves_nothing_that_looks_complete(project, capsys, how
     process.send_signal(how)
     output = process.communicate(timeout=30)[0]
     assert process.returncode == (-9 if how == signal.SIGKILL else 130)
-    assert "[1/2] demo/01_first digits (not run yet) ... " in output
+    assert "[1/2] demo/01_first digits ... skipped" in output and "02_second digits (changed: code) ... " in output
     assert how == signal.SIGKILL or "the same command goes on from there" in output
     wait_for(lambda: not Path(f"/proc/{pid.read_text()}").exists())  # the kernel ends with its runner
     run = paths.Run("demo", "smoke", "02_second", "digits")
     assert not run.stamp.exists() and not run.executed.exists() and not run.metrics_part.exists()
 
     (run.root / "go").touch()
-    output, ran = rerun(project, capsys)
+    output, ran = rerun(finished, capsys)
     assert ran == ["02_second.digits"]
     assert "demo/01_first digits ... skipped" in output and "02_second digits (it did not finish last time)" in output
 
@@ -440,15 +466,28 @@ def test_code_that_is_not_python_is_named(project):
 # references
 
 
-def test_update_reference_keeps_finished_metrics_only(project, capsys):
-    project.write("README.md", "<!-- claims:begin -->\n<!-- claims:end -->\n")
+def test_update_reference_keeps_finished_metrics_only(finished, capsys):
+    finished.write("README.md", "<!-- claims:begin -->\n<!-- claims:end -->\n")
+    stamp = paths.Run("demo", "smoke", "01_first", "digits").stamp
+    stamp.rename(stamp.with_suffix(".away"))
     assert main(["--update-reference", "smoke", "demo"]) == 2
     assert "demo/01_first digits is not up to date" in capsys.readouterr().err
-    assert main(["smoke", "demo"]) == 0
+    stamp.with_suffix(".away").rename(stamp)
     assert main(["--update-reference", "smoke", "demo"]) == 0
-    reference = json.loads((project.root / "papers" / "demo" / "reference" / "smoke.json").read_text())
+    reference = json.loads((finished.root / "papers" / "demo" / "reference" / "smoke.json").read_text())
     assert reference["metrics"]["digits/score"]["value"] == 6
     assert "| It doubles | digits | 2x | 6 [1, 90] | holds in sign only |" in paths.README.read_text()
+
+
+def test_a_slow_package_is_missing_for_a_moment_alone(monkeypatch):
+    name = "rfc3987_syntax"
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    with jobs.without_iri_grammar(), pytest.raises(ImportError):
+        importlib.import_module(name)
+    assert name not in sys.modules
+    monkeypatch.setitem(sys.modules, name, json)  # one that is there stays
+    with jobs.without_iri_grammar():
+        assert importlib.import_module(name) is json
 
 
 def test_only_one_runner_for_a_folder(results):

@@ -1,6 +1,8 @@
 import base64
 import logging
 import re
+import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import nbformat
@@ -153,6 +155,19 @@ def test_the_state_of_widgets_is_left_out(finished):
     text = site.notebook_page(execute(finished, [cell], widgets=widgets))
     check_offline(text)
     assert "panel" in text and "HBox" not in text and "jupyter-widgets" not in text
+
+
+def test_pictures_in_markdown_are_those_beside_each_notebook(finished):
+    """One exporter makes all pages, and the folder that it looks in is each page's own."""
+    cell = nbformat.v4.new_markdown_cell("![drawn by hand](picture.png)")
+    folder = finished.root / "notebooks" / "demo"
+    job = execute(finished, [cell])
+    (folder / "picture.png").write_bytes(base64.b64decode(PNG))
+    other = replace(job, notebook=finished.root / "notebooks" / "other" / "01_first.ipynb")
+    shutil.copytree(folder, other.notebook.parent)
+    (other.notebook.parent / "picture.png").write_bytes(b"another")
+    for one, picture in ((job, PNG), (other, base64.b64encode(b"another").decode()), (job, PNG)):
+        assert Links(site.notebook_page(one)).fetched == [f"data:image/png;base64,{picture}"]
 
 
 def test_equations_in_markdown_become_mathml(finished, caplog):
