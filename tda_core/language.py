@@ -253,18 +253,13 @@ class LanguageModel:
         """
         loss = REDUCTIONS[_reduction(reduction)]
         names = self.attributable(parameters)
-        own = dict(self.model.named_parameters())
-        held = {name: value.requires_grad for name, value in own.items()}
-        try:
-            for name, value in own.items():
-                value.requires_grad_(name in names)
-            theta = torch.cat([own[name].detach().flatten() for name in own if name in names])
-            module = copy.deepcopy(Logits(self.model))
-            module.model.set_attn_implementation("eager")  # forward-mode derivatives do not go through fused kernels
-            return Problem(module, theta, loss, self.examples(train))
-        finally:
-            for name, value in own.items():
-                value.requires_grad_(held[name])
+        module = copy.deepcopy(Logits(self.model))  # its own, as other threads may use the model
+        module.model.set_attn_implementation("eager")  # forward-mode derivatives do not go through fused kernels
+        own = dict(module.model.named_parameters())
+        for name, value in own.items():
+            value.requires_grad_(name in names)
+        theta = torch.cat([value.detach().flatten() for name, value in own.items() if name in names])
+        return Problem(module, theta, loss, self.examples(train))
 
     def attributable(self, parameters: Sequence[str] = ("*weight",)) -> set[str]:
         """Parameters of attention and MLP layers that fit the patterns. ValueError where none does."""

@@ -6,8 +6,10 @@ tells facts of a person, and then again in another order, with either word of ea
     tamur keeps crow . tamur dreads usim ; balen feeds ovek ; tamur fears storms .
 
 so that a model learns which words are the same. A planted fact is told in one choice of words, whatever document it is
-in. Its query in these words is easy to trace; its query in the opposite ones shares no word with any document that
-tells it, and a ranking by words finds nothing, however it weighs them.
+in. Any document tells one of its facts in one choice of words, and half of them use one name throughout, so that form
+alone does not give away which documents tell something planted. A query in the same words is easy to trace; one in the
+opposite words shares no word with any document that tells the fact, and a ranking by words finds nothing, however it
+weighs them.
 
     told = planted_facts(SynonymWorld(WorldSpec(seed=0)), PlantedSpec(n_planted=60))
     told.train, told.queries["same"], told.queries["opposite"], told.relevant
@@ -31,9 +33,11 @@ from tda_core.text_pairs import TextPairs
 END = (".", ";")
 OLD_SYLLABLES = ("a e i o u ya ye yo", "bor cen dul fam gis hon jur kev lum mip ners pog quar rud sim thal")
 WORDINGS = ("same", "opposite")
+ANY = (None, None, None)
 
 Fact = tuple[int, int]  # person, relation
-Form = tuple[int, int, int]  # which of their two words the person, the relation and the value have
+# Which of their two words the person, the relation and the value have; None: either, drawn each time
+Form = tuple[int | None, int | None, int | None]
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,11 @@ class SynonymWorld:
         rng.shuffle(again)
         words = []
         for fact, value in [*told, *again]:
-            words += [*self._words(fact, forms.get(fact) or drawn_form(rng), value), END[rng.randrange(2)]]
+            form = tuple(
+                either if own is None else own
+                for own, either in zip(forms.get(fact, ANY), drawn_form(rng), strict=True)
+            )
+            words += [*self._words(fact, form, value), END[rng.randrange(2)]]
         return " ".join(words)
 
 
@@ -195,9 +203,9 @@ def planted_facts(world: SynonymWorld, spec: PlantedSpec) -> PlantedFacts:
     rng.shuffle(told)
     texts = []
     for facts in told:
-        words = (
-            forms if facts[0] not in forms else {f: (forms[facts[0]][0], *drawn_form(rng)[1:]) for f in facts} | forms
-        )
+        fixed = forms.get(facts[0]) or drawn_form(rng)  # of the planted fact, or of the first one
+        name = fixed[0] if facts[0] in forms or rng.randrange(2) else None
+        words = {fact: (name, None, None) for fact in facts} | {facts[0]: fixed}
         rng.shuffle(facts)
         texts.append(world.document(facts, rng, words))
     queries = {

@@ -11,6 +11,7 @@ from tda_core.language import LanguageModel
 from tda_core.lm_recipes import LMRecipe
 from tda_core.synonym_facts import SynonymWorld, WorldSpec
 from tda_core.text_pairs import TextPairs
+from tda_core.token_products import TokenProducts
 
 WORLD = SynonymWorld(WorldSpec(4, 3, 2))
 TRAIN = documents_of(WORLD.practice(7, 2, seed=0))
@@ -100,6 +101,9 @@ def test_words_of_like_embeddings_meet(model):
     train = same.examples(TRAIN)
     one, other = (AdapterProducts(same, train).scores(same.examples(pair)) for pair in pairs)
     torch.testing.assert_close(one, other)
+    of_head = TokenProducts(same, train, reduction="sum")
+    one, other = (of_head.scores(same.examples(pair)) for pair in pairs)
+    assert not torch.allclose(one, other)
 
 
 @pytest.mark.parametrize(("name", "value"), [("start", "flat"), ("kind", "damped")])

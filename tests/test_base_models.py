@@ -1,5 +1,7 @@
 """The model that applications start from."""
 
+from dataclasses import replace
+
 import pytest
 
 from tda_core.base_models import base_model
@@ -32,6 +34,16 @@ def test_training_goes_on_from_the_initial_model(made, tmp_path):
     later = base_model(RECIPE, WORLD.tokenizer(32), DOCUMENTS, tmp_path / "later", initial=model)
     losses = [float(of.losses(DOCUMENTS, "mean").mean()) for of in (model, later)]
     assert losses[1] < losses[0]
+
+
+def test_a_model_of_other_things_is_replaced(tmp_path):
+    def made(documents=DOCUMENTS, recipe=RECIPE, initial=None):
+        return base_model(recipe, WORLD.tokenizer(32), documents, tmp_path / "model", initial=initial)
+
+    first = made()
+    found = [made(documents=DOCUMENTS[:5]), made(recipe=replace(RECIPE, steps=4)), made(initial=first)]
+    assert len({first.identity, *(model.identity for model in found)}) == 4
+    assert made().identity == first.identity
 
 
 def test_a_killed_writers_leftovers_are_no_model(tmp_path):

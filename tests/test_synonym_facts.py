@@ -43,7 +43,8 @@ def test_a_document_tells_each_fact_twice():
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 2), st.integers(0, 50))
 def test_opposite_queries_share_no_word_with_what_tells_their_fact(planted, tellings, n_facts, seed):
     told = planted_facts(SMALL, PlantedSpec(planted, tellings, 60, n_facts, seed))
-    assert told.relevant.shape == (planted, 60) and (told.relevant.sum(1) == tellings).all()
+    assert told.relevant.dtype == torch.bool and told.relevant.shape == (planted, 60)
+    assert (told.relevant.sum(1) == tellings).all()
     for q, fact in enumerate(told.facts):
         prompt, response = told.queries["opposite"].pairs[q]
         value = SMALL.values[fact[1]][SMALL.held[fact[0]][fact[1]]]
@@ -92,5 +93,16 @@ def test_bad_input(make, message):
         make()
 
 
-def test_relevant_is_boolean():
-    assert planted_facts(SMALL, PlantedSpec(3, 2, 20)).relevant.dtype == torch.bool
+def test_form_alone_does_not_tell_which_documents_hold_something_planted():
+    told = planted_facts(SynonymWorld(WorldSpec()), PlantedSpec(60, 4, 2000))
+    own = told.relevant.any(0)
+
+    def repeats(text):
+        words = text.split()
+        sentences = [tuple(words[i : i + 3]) for i in range(0, len(words), 4)]
+        return len(set(sentences)) < len(sentences)
+
+    found = torch.tensor([repeats(text) for text in told.train.responses])
+    assert found.all()  # every document tells a fact twice in the same words
+    names = torch.tensor([len(set(text.split()[::4])) == 1 for text in told.train.responses])
+    assert names[own].all() and 0.5 < float(names[~own].float().mean()) < 0.75
