@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from scipy.stats import rankdata, spearmanr
 
 from tda_core import metrics
+from tda_core.estimates import grouped_estimate
 from tda_core.metrics import (
     Ceiling,
     Estimate,
@@ -419,3 +420,39 @@ def test_bad_predictions():
         centred(outcomes[:, :1])
     with pytest.raises(ValueError, match=r"masks must be \(n_subsets, 30\) to fit scores, got \(25, 29\)"):
         predictions_of(np.ones((6, 30)), np.ones((25, 29), dtype=bool))
+
+
+def test_grouped_intervals_are_wider_where_groups_differ_and_equal_a_plain_loop():
+    rng = np.random.default_rng(0)
+    groups = [rng.normal(shift, 1.0, size) for shift, size in ((-3, 20), (0, 30), (3, 25))]
+    found = grouped_estimate(groups, n_bootstrap=4000)
+    everything = np.concatenate(groups)
+    assert found.value == pytest.approx(everything.mean()) and found.n == 75
+    plain = mean_estimate(everything)
+    assert found.high - found.low > 2 * (plain.high - plain.low)
+    loop, replicates = np.random.default_rng(1), []
+    for _ in range(4000):
+        drawn = [groups[i] for i in loop.integers(3, size=3)]
+        replicates.append(np.concatenate([loop.choice(values, len(values)) for values in drawn]).mean())
+    assert [found.low, found.high] == pytest.approx(np.percentile(replicates, [2.5, 97.5]), abs=0.15)
+
+
+def test_groups_of_one_value_are_a_bootstrap_over_groups_and_alike_groups_one_over_values():
+    values = np.arange(40.0)
+    alone, plain = grouped_estimate([[v] for v in values]), mean_estimate(values)
+    assert alone.low == pytest.approx(plain.low, abs=1.0) and alone.high == pytest.approx(plain.high, abs=1.0)
+    assert grouped_estimate([np.ones(3), np.ones(5)]).low == grouped_estimate([np.ones(2)]).high == 1.0
+    assert grouped_estimate([values, values + 1]) == grouped_estimate([values, values + 1])
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ([], "at least one, got none"),
+        ([[1.0], []], r"groups\[1\] must be a non-empty"),
+        ([[1.0, np.nan]], "must be finite"),
+    ],
+)
+def test_groups_that_cannot_be_averaged(groups, message):
+    with pytest.raises(ValueError, match=message):
+        grouped_estimate(groups)
