@@ -7,7 +7,9 @@ in test_reproduce.
 
 import multiprocessing
 import os
+import sys
 import time
+import traceback
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -31,17 +33,28 @@ CASES = [
 
 def execute(path: Path, parameters: dict[str, int], log: Path) -> None:
     """All code cells in order, in a process of its own; the parameters come after their cell."""
-    with log.open("w") as stream:
-        os.dup2(stream.fileno(), 1), os.dup2(stream.fileno(), 2)
+    stream = log.open("w")
+    os.dup2(stream.fileno(), 1), os.dup2(stream.fileno(), 2)
     from IPython.core.interactiveshell import InteractiveShell
     from traitlets.config import Config
 
-    shell = InteractiveShell.instance(config=Config(HistoryManager={"enabled": False}))  # nothing in the user's home
-    for cell in read_notebook(path)["cells"]:
-        if cell["cell_type"] == "code":
-            shell.run_cell(cell_source(cell)).raise_error()
-        if "parameters" in cell["metadata"].get("tags", []):
-            shell.push(parameters)
+    shell, failed = (
+        InteractiveShell.instance(config=Config(HistoryManager={"enabled": False})),
+        0,
+    )  # not the user's home
+    try:
+        for cell in read_notebook(path)["cells"]:
+            if cell["cell_type"] == "code":
+                shell.run_cell(cell_source(cell)).raise_error()
+            if "parameters" in cell["metadata"].get("tags", []):
+                shell.push(parameters)
+    except BaseException:
+        traceback.print_exc()
+        failed = 1
+    stream.flush(), sys.stdout.flush(), sys.stderr.flush()
+    for worker in psutil.Process().children(recursive=True):
+        worker.kill()  # joblib's, which a leaving process would wait for until they have been idle for five minutes
+    os._exit(failed)
 
 
 def start(results: Path, notebook: str, **parameters: int) -> multiprocessing.Process:
