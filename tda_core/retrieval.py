@@ -5,11 +5,8 @@ What is given is the expectation over all orders of what is tied, so that no met
 ties. Intervals are over queries.
 """
 
-from collections.abc import Sequence
-
 import torch
 from scipy.special import gammaln
-from scipy.stats import rankdata
 from torch import Tensor
 
 from tda_core.estimates import Estimate, mean_estimate
@@ -63,21 +60,6 @@ def reciprocal_ranks(scores: Tensor, relevant: Tensor) -> Tensor:
         log_chance = _log_choose(tied - j, r - 1) - _log_choose(torch.tensor([tied]), r)
         values.append((log_chance.exp() / (higher + j)).sum())
     return torch.stack(values)
-
-
-def combined(scores: Sequence[Tensor]) -> Tensor:
-    """Scores of several methods as one: the mean of each query's ranks, from 0 (lowest) to 1, ties at their mean.
-
-    scores: (q, n) each. Methods have no common unit, and ranks need none. Raises ValueError for none, and for shapes
-    that differ.
-    """
-    if not scores:
-        raise ValueError("combined needs the scores of one method or more, got none")
-    if len({tuple(one.shape) for one in scores}) > 1 or scores[0].ndim != 2:
-        raise ValueError(f"scores must all be (q, n), got {[tuple(one.shape) for one in scores]}")
-    n = scores[0].shape[1]
-    ranks = [torch.from_numpy(rankdata(one.double().numpy(), axis=1)) for one in scores]
-    return sum((rank - 1) / max(n - 1, 1) for rank in ranks) / len(scores)
 
 
 def _places(row: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import label_ranking_average_precision_score
 
-from tda_core.retrieval import combined, found_shares, recall, reciprocal_rank
+from tda_core.retrieval import found_shares, recall, reciprocal_rank
 
 
 def over_orders(row, own, k):
@@ -59,14 +59,6 @@ def test_many_tied_examples_do_not_overflow():
     assert found == pytest.approx(math.log(2), rel=1e-4)  # a coin for each place: the sum of 1 / (j 2^j)
 
 
-def test_combined_scores_are_mean_ranks():
-    one, other = torch.tensor([[1.0, 5.0, 5.0, 9.0]]), torch.tensor([[1e6, 0.0, -1e6, 0.5]])
-    expected = torch.tensor([[0, 0.5, 0.5, 1.0]]) + torch.tensor([[1, 1 / 3, 0, 2 / 3]])
-    torch.testing.assert_close(combined([one, other]), expected.double() / 2)
-    assert torch.equal(combined([one]), combined([one * 3 - 7]))
-    assert combined([torch.zeros(2, 1)]).tolist() == [[0.0], [0.0]]
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -82,13 +74,6 @@ def test_bad_input(change, message):
     good = {"scores": torch.zeros(2, 4), "relevant": torch.ones(2, 4, dtype=torch.bool), "k": 2}
     with pytest.raises(ValueError, match=message):
         recall(**good | change)
-
-
-def test_bad_combinations():
-    with pytest.raises(ValueError, match="one method or more"):
-        combined([])
-    with pytest.raises(ValueError, match="must all be"):
-        combined([torch.zeros(2, 3), torch.zeros(2, 4)])
 
 
 @settings(max_examples=40, deadline=None)
