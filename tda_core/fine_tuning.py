@@ -164,8 +164,7 @@ def right_tokens(model: LanguageModel, pairs: TextPairs) -> Tensor:
         inputs, targets = (x[rows, : int(lengths[rows].max())] for x in (examples.inputs, examples.targets))
         with torch.no_grad():
             likeliest = model.model(input_ids=inputs, use_cache=False).logits.argmax(-1)
-        labelled = targets != IGNORED
-        found[rows] = (((likeliest == targets) & labelled).sum(1) / labelled.sum(1)).cpu()
+        found[rows] = ((likeliest == targets).sum(1) / (targets != IGNORED).sum(1)).cpu()  # no token is `IGNORED`
     return found
 
 
