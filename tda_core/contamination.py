@@ -29,7 +29,7 @@ KINDS = ("verbatim", "reworded")
 class LeakSpec:
     """n_train: training pairs. n_items: of the benchmark. share: of the training pairs that are leaked items, one each.
 
-    kind: one of `KINDS`. seed: of items, leaks and the other pairs; which items are drawn depends on the seed alone.
+    kind: one of `KINDS`. seed: of items (`SynonymWorld.asked_about`), which depend on it alone, leaks, other pairs.
     Raises ValueError for an unknown kind, and for shares that make no leak, or more than there are items.
     """
 
@@ -68,10 +68,9 @@ class Leaked:
 def leak(world: SynonymWorld, spec: LeakSpec) -> Leaked:
     """Training pairs on facts of which no item asks, and the leaks. Raises ValueError where the world has too few."""
     rng = Random(f"benchmark {world.spec.seed} {spec.seed}")
-    facts = world.facts
-    rng.shuffle(facts)
-    asked = [(fact, drawn_form(rng)) for fact in facts[: spec.n_items]]
-    others = list(product(facts[spec.n_items :], product((0, 1), repeat=3)))
+    facts = world.asked_about(spec.n_items, seed=spec.seed)
+    asked = [(fact, drawn_form(rng)) for fact in facts]
+    others = list(product(sorted(set(world.facts) - set(facts)), product((0, 1), repeat=3)))
     n_others = spec.n_train - spec.n_leaks
     if n_others > len(others):
         raise ValueError(f"{n_others} pairs on other facts are asked for, and there are {len(others)}")

@@ -98,6 +98,17 @@ class SynonymWorld:
         """Every person with every relation."""
         return list(product(range(self.spec.n_people), range(self.spec.n_relations)))
 
+    def asked_about(self, n: int, *, seed: int) -> list[Fact]:
+        """n facts to ask about. Those of seed 0, for choosing settings, are in no other seed's; others may meet.
+
+        Raises ValueError for n outside 1 and half of the facts.
+        """
+        most = len(self.facts) // 2
+        if not 1 <= n <= most:
+            raise ValueError(f"n must lie in 1..{most}, half of the world's facts, got {n}")
+        order = Random(f"asked {self.spec.seed}").sample(self.facts, len(self.facts))
+        return order[:n] if seed == 0 else Random(f"asked {self.spec.seed} {seed}").sample(order[n:], n)
+
     def question(self, fact: Fact, form: Form) -> tuple[str, str]:
         """Prompt and response, which begins with its space."""
         name, says, value = self._words(fact, form, self.held[fact[0]][fact[1]])
@@ -150,7 +161,8 @@ class SynonymWorld:
 @dataclass(frozen=True)
 class PlantedSpec:
     """n_planted: facts that few documents tell. n_tellings: how many, each. n_documents: in all. n_facts: told in a
-    document. seed: of what is planted and drawn. Raises ValueError for sizes below 1, and too few documents."""
+    document. seed: of what is planted (`SynonymWorld.asked_about`) and drawn. Raises ValueError for sizes below 1,
+    and too few documents."""
 
     n_planted: int = 60
     n_tellings: int = 4
@@ -185,10 +197,7 @@ def planted_facts(world: SynonymWorld, spec: PlantedSpec) -> PlantedFacts:
     other name is learned elsewhere. Raises ValueError where there are not enough facts for that.
     """
     rng = Random(f"planted {world.spec.seed} {spec.seed}")
-    most = len(world.facts) // 2
-    if spec.n_planted > most:
-        raise ValueError(f"n_planted must be at most {most}, half of the world's facts, got {spec.n_planted}")
-    planted = sorted(rng.sample(world.facts, spec.n_planted))
+    planted = sorted(world.asked_about(spec.n_planted, seed=spec.seed))
     forms = {fact: drawn_form(rng) for fact in planted}
     ordinary = {p: [f for f in world.facts if f[0] == p and f not in forms] for p in range(world.spec.n_people)}
     able = [person for person, facts in ordinary.items() if len(facts) >= spec.n_facts]

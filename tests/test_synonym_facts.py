@@ -40,7 +40,7 @@ def test_a_document_tells_each_fact_twice():
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 2), st.integers(0, 50))
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 2), st.integers(0, 9))
 def test_opposite_queries_share_no_word_with_what_tells_their_fact(planted, tellings, n_facts, seed):
     told = planted_facts(SMALL, PlantedSpec(planted, tellings, 60, n_facts, seed))
     assert told.relevant.dtype == torch.bool and told.relevant.shape == (planted, 60)
@@ -65,6 +65,14 @@ def test_a_ranking_by_words_finds_one_wording_and_not_the_other():
     assert not other[told.relevant].any()
 
 
+def test_what_settings_are_chosen_with_is_asked_by_no_other_seed():
+    sets = [SMALL.asked_about(16, seed=seed) for seed in range(4)]
+    assert all(len(set(facts)) == 16 for facts in sets) and not set(sets[0]) & set().union(*sets[1:])
+    few = [set(SMALL.asked_about(5, seed=seed)) for seed in range(30)]
+    assert set().union(*few) == set(SMALL.facts) and few[1] != few[2]
+    assert SMALL.asked_about(5, seed=3) == SMALL.asked_about(5, seed=3)
+
+
 def test_practice_tells_made_up_values_and_no_document_twice_the_same():
     texts = SMALL.practice(40, 2, seed=0)
     assert texts == SMALL.practice(40, 2, seed=0) != SMALL.practice(40, 2, seed=1)
@@ -81,7 +89,8 @@ def test_practice_tells_made_up_values_and_no_document_twice_the_same():
         (lambda: WorldSpec(n_values=1), r"n_values must lie in 2\.\.16, got 1"),
         (lambda: PlantedSpec(n_facts=0), "n_facts must be at least 1, got 0"),
         (lambda: PlantedSpec(10, 10, 99), "10 facts told 10 times take 100 of 99"),
-        (lambda: planted_facts(SMALL, PlantedSpec(17, 1)), "n_planted must be at most 16, .* got 17"),
+        (lambda: SMALL.asked_about(0, seed=0), r"n must lie in 1\.\.16, half of the world's facts, got 0"),
+        (lambda: planted_facts(SMALL, PlantedSpec(17, 1)), r"n must lie in 1\.\.16, .* got 17"),
         (
             lambda: planted_facts(SMALL, PlantedSpec(14, 1, n_facts=4)),
             "fewer than n_facts = 4 facts",
