@@ -16,6 +16,7 @@ from tda_core.examples import Examples
 from tda_core.models import LOSSES, margin, mlp
 from tda_core.problem import Problem
 from tda_core.recipes import PRECISIONS, Recipe, epoch_orders, initial_parameters
+from tda_core.threads import one_thread
 
 # -- the plain reference ----------------------------------------------------------------------------
 
@@ -202,9 +203,10 @@ def train_checkpoints(
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must be boolean (n,), got {mask.dtype}")
     kept = {}
-    for epoch, theta in enumerate(train_epochs(recipe, examples, mask[None], [seed]), start=1):
-        if epoch in epochs:
-            kept[epoch] = _check_finite(theta, recipe)[0]
+    with one_thread():  # what is saved for a model on two cores is found again on any number of them
+        for epoch, theta in enumerate(train_epochs(recipe, examples, mask[None], [seed]), start=1):
+            if epoch in epochs:
+                kept[epoch] = _check_finite(theta, recipe)[0]
     module = mlp(recipe.layers, recipe.activation).to(recipe.dtype).eval()
     subset = examples[mask]
     return [Problem(module, kept[e], LOSSES[recipe.loss], subset, recipe.weight_decay) for e in epochs]

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import FLOAT64, continuous, labelled
 
+from tda_core.data import load_dataset
 from tda_core.examples import Examples
 from tda_core.recipes import Recipe, epoch_orders, initial_parameters, standard_recipe
 from tda_core.threads import one_thread
@@ -305,6 +306,19 @@ def test_the_same_call_gives_the_same_bits_and_the_global_generator_is_left_alon
     torch.manual_seed(0)
     assert torch.equal(state, torch.get_rng_state())
     assert not torch.equal(first[0], train_many(recipe, data, weights[:1], [4])[0])
+
+
+def test_a_model_is_the_same_on_any_number_of_cores():
+    data = load_dataset("digits", n_train=200)
+    recipe, before, found = replace(standard_recipe("digits"), epochs=2), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(train(recipe, data.train, 0).theta)
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("float64", 1e-12), ("float32", 1e-5)])
