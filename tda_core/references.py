@@ -102,7 +102,7 @@ def readme_block() -> str:
         if found:
             profile, document = found
             hardware = document["hardware"]
-            machine = f"{hardware['cores']} cores of {hardware['cpu']}"
+            machine = f"{hardware['cores']} core{'s' * (hardware['cores'] != 1)} of {hardware['cpu']}"
             machine += f" with {hardware['gpu']}" if hardware["gpu"] else ""
             source = f"Profile `{profile}`, {document['date'][:10]}, {machine}. {_run_times(folder.name)}"
             table = as_markdown(claims_table(folder.name, document["metrics"]))

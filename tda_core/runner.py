@@ -98,7 +98,8 @@ def _environment() -> Iterator[None]:
         # a kernel called python3 in the user's home would win over this interpreter's own
         spec = Path(folder) / "kernels" / "python3" / "kernel.json"
         spec.parent.mkdir(parents=True)
-        command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=ERROR"]
+        # on a busy machine a kernel logs the interrupt of its own orderly end as an error, in the middle of our lines
+        command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=CRITICAL"]
         spec.write_text(json.dumps({"argv": command, "display_name": "Python 3", "language": "python"}))
         os.environ["JUPYTER_PATH"] = _joined(folder, before.get("JUPYTER_PATH"))
         os.environ["PYTHONPATH"] = _joined(str(paths.ROOT), before.get("PYTHONPATH"))
