@@ -56,7 +56,7 @@ def estimate_bars(
             low, high = interval_ends(value) if hasattr(value, "low") else (height, height)
             if low < high:
                 axis.plot([x, x], [low, high], color="black", linewidth=2, solid_capstyle="butt")
-            text = f"{height:.{0 if height >= 0.095 else 1}%}" if percent else f"{height:.2f}"
+            text = f"{height:.{1 if 0 < abs(height) < 0.095 else 0}%}" if percent else f"{height:.2f}"
             axis.annotate(text, (x, max(high, 0)), (0, 3), textcoords="offset points", ha="center", fontsize=13)
     if percent:
         axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))

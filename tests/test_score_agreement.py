@@ -253,6 +253,8 @@ def test_bars_show_values_and_whiskers():
     assert heights == [overlap.overlap.value, overlap.chance]
     with pytest.raises(ValueError, match="overlap has 1 values for 2 groups"):
         estimate_bars({"overlap": [1]}, ["a", "b"], Labels("bin"))
+    shares = estimate_bars({"share": [0.0, 0.05, 0.5, -0.02]}, list("wxyz"), Labels("bin"), percent=True)
+    assert [text.get_text() for text in shares.axes[0].texts] == ["0%", "5.0%", "50%", "-2.0%"]
 
 
 def test_intervals_of_models_and_tasks_resample_both():
