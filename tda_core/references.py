@@ -102,7 +102,7 @@ def readme_block() -> str:
         if found:
             profile, document = found
             hardware = document["hardware"]
-            machine = f"{hardware['cores']} core{'s' * (hardware['cores'] != 1)} of {hardware['cpu']}"
+            machine = f"{_cores(document)} of {hardware['cpu']}"
             machine += f" with {hardware['gpu']}" if hardware["gpu"] else ""
             source = f"Profile `{profile}`, {document['date'][:10]}, {machine}. {_run_times(folder.name)}"
             table = as_markdown(claims_table(folder.name, document["metrics"]))
@@ -110,16 +110,22 @@ def readme_block() -> str:
     return "\n".join(blocks) or "No reference metrics are committed yet.\n"
 
 
+def _cores(document: Mapping[str, Any]) -> str:
+    cores = document["hardware"]["cores"]
+    return f"{cores} core{'s' * (cores != 1)}"
+
+
 def _run_times(slug: str) -> str:
-    """How long each profile with a reference took: `Profile smoke took 20 s (the slowest of 2 notebooks 12 s).`"""
+    """How long each profile with a reference took: `smoke` took 20 s on 1 core (the slowest of 2 notebooks 12 s)."""
     said = []
     for profile in PROFILES:
         path = paths.PAPERS / slug / "reference" / f"{profile}.json"
         if path.is_file():
-            times = load_metrics(path)["seconds"]
+            document = load_metrics(path)
+            times = document["seconds"]
             each = [seconds for stem, seconds in times.items() if stem != "total"]
             slowest = f"the slowest of {len(each)} notebooks {duration(max(each))}" if each else "no notebook timed"
-            said.append(f"`{profile}` took {duration(times['total'])} ({slowest})")
+            said.append(f"`{profile}` took {duration(times['total'])} on {_cores(document)} ({slowest})")
     return "From a warm environment " + ", ".join(said) + "."
 
 

@@ -285,13 +285,14 @@ def test_readme_block_prefers_the_largest_profile(papers):
     (papers / "demo" / "claims.toml").write_text(TOML)
     (papers / "without_claims").mkdir()
     assert "No reference metrics" in references.readme_block()
-    for profile, value in {"smoke": 0.1, "laptop": 0.7}.items():
+    for (profile, value), cores in zip({"smoke": 0.1, "laptop": 0.7}.items(), (1, 2), strict=True):
         (papers / "demo" / "reference").mkdir(exist_ok=True)
         made = document({"digits/lds/x": entry(value)})
+        made["hardware"] = made["hardware"] | {"cores": cores}
         (papers / "demo" / "reference" / f"{profile}.json").write_text(json.dumps(made))
     block = references.readme_block()
     assert "Profile `laptop`, 2026-01-02, 2 cores of a cpu. " in block
-    assert "`smoke` took 2 min 5 s (" in block and "`laptop` took 2 min 5 s (" in block
+    assert "`smoke` took 2 min 5 s on 1 core (" in block and "`laptop` took 2 min 5 s on 2 cores (" in block
     assert "| It works | digits | 0.5 | 0.7 | holds |" in block
 
     paths.README.write_text("before\n<!-- claims:begin -->\nold\n<!-- claims:end -->\nafter\n")
