@@ -27,7 +27,7 @@ SIZES = {"n_train": 60, "n_subsets": 16, "n_seeds": 2, "epochs": 4}
 # notebook, files of finished blocks, how many there are when it is killed and in the end, parameters
 CASES = [
     ("09_pretraining", "bank/[0-9a-f]*.safetensors", 9, 32, SIZES),
-    ("10_language_models", "judged*.safetensors", 21, 48, {"n_operators": 16, "n_probed": 3}),
+    ("10_language_models", "judged*.safetensors", 21, 50, {"n_operators": 16, "n_probed": 3}),
 ]
 
 
