@@ -1,5 +1,7 @@
 """Test items in the training data, and how far scores make each training example suspect."""
 
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -42,6 +44,19 @@ def test_leaks_are_items_and_nothing_else_is(kind, n_leaks, seed):
 
 def _concepts():
     return [*WORLD.people, *WORLD.relations, *(value for of in WORLD.values for value in of)]
+
+
+def test_items_of_the_trial_are_asked_by_no_other_seed():
+    def facts(seed):
+        words = {
+            pair: fact for fact in WORLD.facts for pair in product(WORLD.people[fact[0]], WORLD.relations[fact[1]])
+        }
+        return {
+            words[tuple(prompt.split())] for prompt in leak(WORLD, LeakSpec(100, 10, 0.02, seed=seed)).items.prompts
+        }
+
+    trial, others = facts(0), [facts(seed) for seed in (1, 2, 3)]
+    assert len(trial) == 10 and not trial & set().union(*others) and others[0] != others[1]
 
 
 def test_items_depend_on_the_seed_alone_and_larger_shares_leak_more_of_the_same():
